@@ -14,6 +14,7 @@ from kdscale.data.readers.chat import parse_messages
 from kdscale.data.readers.records import checked_text
 from kdscale.errors import DataError
 from kdscale.files import sha256_file
+from kdscale.responses.prompts import file_of_kind
 
 SECTION = "distill.preferences.pairs"
 _SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -96,9 +97,4 @@ def _prompt(value: Any, what: str) -> list[dict[str, str]]:
 def _file(source: PairSourceConfig) -> Path:
     """The file of a source. Raises DataError for one that is missing or of another kind."""
     path = Path(source.path).expanduser()
-    if not path.is_file() or not path.name.endswith(_SUFFIXES):
-        raise DataError(
-            f"{SECTION}: {source.path}", expected=f"a file that ends in {' or '.join(_SUFFIXES)}",
-            got="a file of another kind" if path.is_file() else "no such file", hint="check the path",
-        )  # fmt: skip
-    return path
+    return file_of_kind(path, f"{SECTION}: {source.path}", _SUFFIXES, " or ".join(_SUFFIXES))

@@ -114,9 +114,14 @@ def _file(source: PromptSourceConfig, section: str) -> Path:
         path = Path(str(resources.files("kdscale.responses") / "questions.txt"))
     else:
         path = Path(source.path).expanduser()
-    if not path.is_file() or not path.name.endswith(_SUFFIXES):
+    return file_of_kind(path, f"{section}: {source.path}", _SUFFIXES, f"{', '.join(_SUFFIXES)}, or {BUILTIN}")
+
+
+def file_of_kind(path: Path, what: str, suffixes: tuple[str, ...], expected: str) -> Path:
+    """`path`. Raises DataError, naming `what`, for one that is missing or has none of the suffixes (`expected`)."""
+    if not path.is_file() or not path.name.endswith(suffixes):
         raise DataError(
-            f"{section}: {source.path}", expected=f"a file that ends in {', '.join(_SUFFIXES)}, or {BUILTIN}",
+            what, expected=f"a file that ends in {expected}",
             got="a file of another kind" if path.is_file() else "no such file", hint="check the path",
         )  # fmt: skip
     return path

@@ -31,6 +31,27 @@ def kdscale_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": sources, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
 
 
+@pytest.fixture
+def dies_at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[None]]:
+    """`with dies_at_step(5): ...`: the distillation in the block is killed before its step 5, and the block ends so."""
+    from kdscale.distill.trainer import Trainer
+
+    @contextmanager
+    def dies(step: int, death: type[BaseException] = ZeroDivisionError) -> Iterator[None]:
+        one_step = Trainer._one_step
+
+        def step_or_death(self: Trainer, number: int, *args: Any) -> Any:
+            if number == step:
+                raise death(15)
+            return one_step(self, number, *args)
+
+        with monkeypatch.context() as patch, pytest.raises(death):
+            patch.setattr(Trainer, "_one_step", step_or_death)
+            yield
+
+    return dies
+
+
 @pytest.fixture(scope="session")
 def kdscale(
     kdscale_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory

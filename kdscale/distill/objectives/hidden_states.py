@@ -36,10 +36,7 @@ class HiddenStates(nn.Module):
     def __init__(self, settings: HiddenStatesConfig, models: ModelPair):
         super().__init__()
         self._settings = settings
-        self.projection: nn.Linear | None = None
-        if models.student_hidden != models.teacher_hidden:
-            self.projection = nn.Linear(models.student_hidden, models.teacher_hidden, bias=False)
-            self.projection.weight.data = first_projection(models)
+        self.projection = projection_of(models)
 
     def forward(self, student: StudentOutput, targets: Targets, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(summed loss, sums of hidden_error and hidden_cosine); also without any row."""
@@ -78,7 +75,16 @@ class HiddenStates(nn.Module):
         return sums
 
 
-def first_projection(models: ModelPair) -> Tensor:
+def projection_of(models: ModelPair) -> nn.Linear | None:
+    """From the student's hidden size to the teacher's, trained with it; None where the two are equal."""
+    if models.student_hidden == models.teacher_hidden:
+        return None
+    projection = nn.Linear(models.student_hidden, models.teacher_hidden, bias=False)
+    projection.weight.data = _first_projection(models)
+    return projection
+
+
+def _first_projection(models: ModelPair) -> Tensor:
     """[G, H], with orthonormal columns or rows."""
     if models.basis_HG is not None:
         return torch.from_numpy(models.basis_HG).T.contiguous()

@@ -21,7 +21,7 @@ from kdscale.config.distill.objective import ModelPair
 from kdscale.config.distill.sentence_objective import SentenceEmbeddingsConfig
 from kdscale.config.distill.targets import FINAL
 from kdscale.distill.objectives.base import StudentOutput
-from kdscale.distill.objectives.hidden_states import first_projection
+from kdscale.distill.objectives.hidden_states import projection_of
 from kdscale.models.documents import Documents
 from kdscale.teacher.source import MicroBatch
 from kdscale.teacher.targets import Targets
@@ -33,10 +33,7 @@ class SentenceEmbeddings(nn.Module):
     def __init__(self, settings: SentenceEmbeddingsConfig, models: ModelPair):
         super().__init__()
         self._settings = settings
-        self.projection: nn.Linear | None = None
-        if models.student_hidden != models.teacher_hidden:
-            self.projection = nn.Linear(models.student_hidden, models.teacher_hidden, bias=False)
-            self.projection.weight.data = first_projection(models)
+        self.projection = projection_of(models)
 
     def forward(self, student: StudentOutput, targets: Targets, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(summed loss, sums of embedding_cosine and similarity_error); also without any row."""

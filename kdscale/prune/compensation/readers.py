@@ -49,8 +49,7 @@ def refitted_readers(slicer: Slicer, position: int) -> dict[str, list[str]]:
     None where the hidden axis is cut, or where the plan has no projection that is compensated.
     """
     plan = slicer.plan
-    cuts = compensates(plan, slicer) and slicer.kept("hidden", None) is None
-    if plan.methods.compensate != "two_stream" or not cuts:
+    if plan.methods.compensate != "two_stream" or slicer.cuts("hidden") or not compensates(plan, slicer):
         return {}
     specs = {tensor.spec.role: tensor.spec for tensor in slicer.layer(position) if not tensor.spec.of_experts}
     found = {norm: list(readers_of(component, specs)) for component, norm in NORM_BEFORE.items()}

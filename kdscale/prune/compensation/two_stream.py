@@ -156,7 +156,7 @@ class _BothLayers:
         self._readers: dict[str, dict[str, str]] = {}  # by the norm that they read: role → path of the module
         if position is not None:
             prefix = slicer.family.layer_prefix(teacher.index)
-            sites = {t.spec.role: module_path(t.spec, prefix) for t in slicer.layer(position) if t.spec.expert is None}
+            sites = {t.spec.role: module_path(t.spec, prefix) for t in slicer.layer(position) if not t.spec.of_experts}
             for norm, roles in refitted_readers(slicer, position).items():
                 paths[norm], self._readers[norm] = sites[norm], {role: sites[role] for role in roles}
         self._seen: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # (model, role) → what it read and put out

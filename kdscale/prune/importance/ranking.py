@@ -231,20 +231,17 @@ class Ranking:
             return _share(np.minimum(energy, np.median(energy)), layers)
         if axis == "hidden":
             return _share(energy, _top(energy, count))
+        if axis == "ffn":
+            return self._retained_ffn(layers, count)
+        layers = [layer for layer in layers if self.has(layer, axis)]
         if axis == "heads":
-            layers = [layer for layer in layers if self.has(layer, axis)]
             groups = kv_heads or self.dims.kv_heads
             kept = [self.heads(layer, self.kv_heads(layer, groups), count // groups) for layer in layers]
         elif axis == "ssm_heads":
-            layers = [layer for layer in layers if self.has(layer, axis)]
             kept = [self.ssm_heads(layer, count) for layer in layers]
-        elif axis == "ffn":
-            return self._retained_ffn(layers, count)
         elif axis == "experts":
-            layers = [layer for layer in layers if self.has(layer, axis)]
             kept = [self.experts(layer, count) for layer in layers]
         else:
-            layers = [layer for layer in layers if self.has(layer, axis)]
             kept = [_top(energy[layer], count) for layer in layers]
         shares = [_share(energy[layer], units) for layer, units in zip(layers, kept, strict=True)]
         return float(np.mean(shares)) if shares else 1.0

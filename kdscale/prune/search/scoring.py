@@ -22,36 +22,12 @@ from kdscale.prune.importance.ranking import Ranking
 # either: a share of the mixers' heads or channels counts as one of query heads. A criterion whose lost shares mean
 # something else has a weight of its own (`Criterion.damage`).
 _DAMAGE: dict[str, dict[str, float]] = {
-    "two_stream": {
-        "ffn": 3.3,
-        "heads": 0.8,
-        "kv_heads": 0.8,
-        "ssm_heads": 0.8,
-        "ssm_head_dim": 0.8,
-        "hidden": 23.0,
-        "layers": 5.1,
-    },
-    "ridge": {
-        "ffn": 3.7,
-        "heads": 0.8,
-        "kv_heads": 0.8,
-        "ssm_heads": 0.8,
-        "ssm_head_dim": 0.8,
-        "hidden": 23.0,
-        "layers": 5.1,
-    },
-    "none": {
-        "ffn": 6.5,
-        "heads": 5.7,
-        "kv_heads": 5.7,
-        "ssm_heads": 5.7,
-        "ssm_head_dim": 5.7,
-        "hidden": 27.0,
-        "layers": 5.1,
-    },
+    "two_stream": {"ffn": 3.3, "heads": 0.8, "hidden": 23.0, "layers": 5.1},
+    "ridge": {"ffn": 3.7, "heads": 0.8, "hidden": 23.0, "layers": 5.1},
+    "none": {"ffn": 6.5, "heads": 5.7, "hidden": 27.0, "layers": 5.1},
 }
 _DAMAGE_IN_ALL = {"experts": 6.5}  # whatever compensates
-_LIKE = {"ssm_head_dim": "ssm_heads"}  # axes that count as another one does
+_LIKE = dict.fromkeys(("kv_heads", "ssm_heads", "ssm_head_dim"), "heads")  # axes that count as another one does
 
 
 class ShapeScoring:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from kdscale.distill import trainer
 from kdscale.models import compiling
 from kdscale.runtime import kernel_backend
 
@@ -18,7 +17,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def test_a_compiled_run_is_the_plain_one_and_resumes_to_the_same_bytes(distil, tmp_path, monkeypatch):
+def test_a_compiled_run_is_the_plain_one_and_resumes_to_the_same_bytes(distil, tmp_path, monkeypatch, dies_at_step):
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager_decomp_partition")
     monkeypatch.setattr(kernel_backend, "_compiler_obstacle", lambda: None)
     plain = distil(tmp_path / "plain", **SETTINGS)
@@ -28,17 +27,8 @@ def test_a_compiled_run_is_the_plain_one_and_resumes_to_the_same_bytes(distil, t
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in plain], abs=2e-6)
     # 4 regions, of the student in training and measured and of the teacher; validation's last batch is smaller
     assert 0 < counters["stats"]["unique_graphs"] <= 4 * 5
-    real = trainer.Trainer._one_step
-
-    def die_at_1(self, number, *args):
-        if number == 1:
-            raise ZeroDivisionError
-        return real(self, number, *args)
-
-    monkeypatch.setattr(trainer.Trainer, "_one_step", die_at_1)
-    with pytest.raises(ZeroDivisionError):
+    with dies_at_step(1):
         distil(tmp_path / "broken", compile="layers", **SETTINGS)
-    monkeypatch.setattr(trainer.Trainer, "_one_step", real)
     distil(tmp_path / "broken", compile="layers", **SETTINGS)
     whole, broken = ((tmp_path / run / "student" / "model.safetensors").read_bytes() for run in ("whole", "broken"))
     assert whole == broken

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from kdscale.distill.trainer import Trainer
 from kdscale.errors import Interrupted
 
 EMA: dict[str, Any] = {
@@ -21,31 +20,18 @@ def losses(rows: list[dict[str, Any]]) -> list[float]:
     return [row["loss"] for row in rows]
 
 
-def stopped_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    one_step = Trainer._one_step
-
-    def stop(self: Trainer, step: int, *args: Any) -> None:
-        if step == steps:
-            raise Interrupted(15)
-        one_step(self, step, *args)
-
-    monkeypatch.setattr(Trainer, "_one_step", stop)
-
-
 @pytest.mark.parametrize(
     ("dtype", "first", "then"),
     [pytest.param("bfloat16", {"zero_stage": 1}, {"zero_stage": 1, "async_checkpoints": True}, marks=pytest.mark.long),
      ("float32", {"zero_stage": 0}, {"zero_stage": 2})],
 )  # fmt: skip
 def test_a_killed_run_goes_on_with_the_average_it_had(
-    distil: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, first: Any, then: Any
+    distil: Callable[..., Any], tmp_path: Path, dies_at_step: Callable[..., Any], dtype: str, first: Any, then: Any
 ) -> None:
     """At the same stage with the bytes of the unbroken run; at another one with nearly the same losses."""
     whole = distil(tmp_path / "whole", **EMA, dtype=dtype, **then)
-    with monkeypatch.context() as patch:
-        stopped_after(4, patch)
-        with pytest.raises(Interrupted):
-            distil(tmp_path / "killed", **EMA, dtype=dtype, **first)
+    with dies_at_step(4, Interrupted):
+        distil(tmp_path / "killed", **EMA, dtype=dtype, **first)
     rows = distil(tmp_path / "killed", **EMA, dtype=dtype, **then)
     student = Path("student") / "model.safetensors"
     if first["zero_stage"] == then["zero_stage"]:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.data.token_store import TokenStore
-from kdscale.distill.trainer import Trainer
 from kdscale.errors import ConfigError, Interrupted
 from kdscale.models.head import final_hidden, head_of
 from kdscale.models.loading import load_model
@@ -74,7 +73,7 @@ def test_the_last_validation_is_of_the_student_that_is_exported(
 
 
 def test_stages_and_recomputing_change_nothing_and_a_killed_run_goes_on_with_the_same_bytes(
-    distil: Callable[..., Any], tmp_path: Path, student_in_bf16: Path, monkeypatch: pytest.MonkeyPatch
+    distil: Callable[..., Any], tmp_path: Path, student_in_bf16: Path, dies_at_step: Callable[..., Any]
 ) -> None:
     """ZeRO-3 with nothing kept gathered and everything computed again is the hardest for what a layer reads."""
     hardest = {"zero_stage": 3, "zero": {"keep_gathered": 0}, "gradient_checkpointing": "full"}
@@ -83,17 +82,8 @@ def test_stages_and_recomputing_change_nothing_and_a_killed_run_goes_on_with_the
     for name, settings in {"hardest": hardest, "selective": selective}.items():
         rows = distil(tmp_path / name, student_in_bf16, **ON_GRID, **settings)
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in plain], abs=5e-6)
-    one_step = Trainer._one_step
-
-    def die_at_4(self: Trainer, step: int, *args: Any) -> None:
-        if step == 4:
-            raise Interrupted(15)
-        one_step(self, step, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_one_step", die_at_4)
-        with pytest.raises(Interrupted):
-            distil(tmp_path / "killed", student_in_bf16, **ON_GRID, **hardest)
+    with dies_at_step(4, Interrupted):
+        distil(tmp_path / "killed", student_in_bf16, **ON_GRID, **hardest)
     distil(tmp_path / "killed", student_in_bf16, **ON_GRID, **hardest)
     assert (tmp_path / "killed" / WEIGHTS).read_bytes() == (tmp_path / "hardest" / WEIGHTS).read_bytes()
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
-from kdscale.distill.trainer import Trainer
 from kdscale.errors import Interrupted
 from kdscale.models.loading import load_model
 from kdscale.runs.metrics_log import read_metrics
@@ -69,19 +68,10 @@ def test_a_checkpoint_holds_the_adapters_alone(whole: tuple[Path, Any]) -> None:
 
 @pytest.mark.parametrize("settings", [{"zero_stage": 2}, {"zero_stage": 3, "gradient_checkpointing": "full"}])
 def test_every_stage_trains_the_same_and_a_killed_run_goes_on_with_the_same_bits(
-    distil: Callable[..., Any], whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+    distil: Callable[..., Any], whole: Any, tmp_path: Path, dies_at_step: Callable[..., Any], settings: dict[str, Any]
 ) -> None:
-    one_step = Trainer._one_step
-
-    def die_at_3(self: Trainer, step: int, *args: Any) -> None:
-        if step == 3:
-            raise Interrupted(15)
-        one_step(self, step, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_one_step", die_at_3)
-        with pytest.raises(Interrupted):
-            distil(tmp_path / "killed", **LORA, **settings)
+    with dies_at_step(3, Interrupted):
+        distil(tmp_path / "killed", **LORA, **settings)
     rows = distil(tmp_path / "killed", **LORA, **settings)
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole[1]], abs=5e-6)
     alone = distil(tmp_path / "whole", **LORA, **settings)

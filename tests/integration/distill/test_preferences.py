@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from kdscale.config.root import Config
 from kdscale.distill.load_models import Folders
 from kdscale.distill.replay import replay
-from kdscale.distill.trainer import Trainer
 from kdscale.errors import DataError, Interrupted
 from kdscale.report.training_facts import curves
 from kdscale.runs.metrics_log import read_metrics
@@ -68,19 +67,10 @@ def test_the_student_writes_two_answers_to_a_prompt_and_the_teacher_ranks_them(
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes_with_the_same_answers(
-    distil: Callable[..., Any], whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distil: Callable[..., Any], whole: Any, tmp_path: Path, dies_at_step: Callable[..., Any]
 ) -> None:
-    one_step = Trainer._one_step
-
-    def die_at_4(self: Trainer, step: int, *args: Any) -> None:
-        if step == 4:
-            raise Interrupted(15)
-        one_step(self, step, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_one_step", die_at_4)
-        with pytest.raises(Interrupted):
-            distil(tmp_path, **WRITTEN)
+    with dies_at_step(4, Interrupted):
+        distil(tmp_path, **WRITTEN)
     rows = distil(tmp_path, **WRITTEN)
     assert (tmp_path / STUDENT).read_bytes() == (whole[0] / STUDENT).read_bytes()
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole[1]]

@@ -145,22 +145,16 @@ def test_a_checkpoint_in_the_background_changes_no_byte(distil, tmp_path, stage)
         assert (left / name).read_bytes() == (right / name).read_bytes()
 
 
-def test_dropout_draws_the_same_after_a_resume(distil, tmp_path, monkeypatch):
+def test_dropout_draws_the_same_after_a_resume(distil, tmp_path, monkeypatch, dies_at_step):
     """The tiny model has no dropout: here the learning rate of a step is drawn where dropout would draw."""
     import torch
 
-    real_rate, real_step = schedule.cosine_lr, trainer.Trainer._one_step
+    real_rate = schedule.cosine_lr
     monkeypatch.setattr(
         trainer, "cosine_lr", lambda *args, **kwargs: real_rate(*args, **kwargs) * float(torch.rand(()))
     )
     whole = distil(tmp_path / "whole")
 
-    def die_at_5(self, number, *args):
-        if number == 5:
-            raise ZeroDivisionError
-        return real_step(self, number, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(trainer.Trainer, "_one_step", die_at_5)
+    with dies_at_step(5):
         distil(tmp_path / "cut")
     assert losses(distil(tmp_path / "cut")) == losses(whole)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdscale.distill import engine, trainer
+from kdscale.distill import engine
 from kdscale.errors import ConfigError
 
 CASES = {
@@ -63,21 +63,12 @@ def test_layers_that_compute_again_may_gather_what_their_forward_found(distil, p
     assert losses[0] == losses[1]
 
 
-def test_an_offloaded_run_resumes_to_the_same_bytes(distil, tmp_path, monkeypatch):
+def test_an_offloaded_run_resumes_to_the_same_bytes(distil, tmp_path, dies_at_step):
     settings = {"zero_stage": 3, "dtype": "bfloat16", "tokens": 4 * 4 * 48, "checkpoint_every": 2,
                 "zero": {"offload_optimizer": "cpu", "offload_parameters": "cpu"}}  # fmt: skip
     distil(tmp_path / "whole", **settings)
-    real = trainer.Trainer._one_step
-
-    def die_at_3(self, number, *args):
-        if number == 3:
-            raise ZeroDivisionError
-        return real(self, number, *args)
-
-    monkeypatch.setattr(trainer.Trainer, "_one_step", die_at_3)
-    with pytest.raises(ZeroDivisionError):
+    with dies_at_step(3):
         distil(tmp_path / "broken", **settings)
-    monkeypatch.setattr(trainer.Trainer, "_one_step", real)
     distil(tmp_path / "broken", **settings)
     whole, broken = ((tmp_path / run / "student" / "model.safetensors").read_bytes() for run in ("whole", "broken"))
     assert whole == broken
@@ -135,23 +126,14 @@ def nvme(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_state_on_nvme_changes_no_bit_and_resumes_to_the_same_bytes(distil, nvme, tmp_path, monkeypatch, dtype):
+def test_state_on_nvme_changes_no_bit_and_resumes_to_the_same_bytes(distil, nvme, tmp_path, dies_at_step, dtype):
     settings = {"zero_stage": 3, "dtype": dtype, "tokens": 4 * 4 * 48, "checkpoint_every": 2}
     plain = distil(tmp_path / "plain", **settings, zero={"extra": nvme["extra"]})
     whole = distil(tmp_path / "whole", **settings, zero=nvme)
     files = list(tmp_path.rglob("*.tensor.swp"))
     assert sum("exp_avg" in file.name for file in files) >= 4  # more than one sub-group, both moments
-    real = trainer.Trainer._one_step
-
-    def die_at_3(self, number, *args):
-        if number == 3:
-            raise ZeroDivisionError
-        return real(self, number, *args)
-
-    monkeypatch.setattr(trainer.Trainer, "_one_step", die_at_3)
-    with pytest.raises(ZeroDivisionError):
+    with dies_at_step(3):
         distil(tmp_path / "broken", **settings, zero=nvme)
-    monkeypatch.setattr(trainer.Trainer, "_one_step", real)
     distil(tmp_path / "broken", **settings, zero={"extra": nvme["extra"]})  # written from NVMe, read into memory
     shutil.copytree(tmp_path / "plain", tmp_path / "other", ignore=shutil.ignore_patterns("student", "step-4"))
     distil(tmp_path / "other", **settings, zero=nvme)  # and the other way round

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from kdscale.config.load import build_config
 from kdscale.config.root import Config
-from kdscale.distill import trainer as loop
 from kdscale.errors import ConfigError
 from kdscale.pipeline.checks import check_reading
 from kdscale.pipeline.runner import run_until
@@ -109,21 +108,13 @@ def test_the_student_is_a_bert_that_transformers_loads_with_its_head(told) -> No
         assert model(text["input_ids"]).logits.isfinite().all()
 
 
-def test_a_killed_run_hides_the_same_tokens_and_ends_with_the_same_bytes(told, make_config, tmp_path, monkeypatch):
+def test_a_killed_run_hides_the_same_tokens_and_ends_with_the_same_bytes(told, make_config, tmp_path, dies_at_step):
     shutil.copytree(told.run_dir, tmp_path / "run")
     for item in ("student", "checkpoints", "stages/distill.json"):
         path = tmp_path / "run" / item
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     config = make_config(tmp_path / "run", "BertForMaskedLM", MASKED)
-    real = loop.Trainer._one_step
-
-    def die_at_5(self, number, *args):
-        if number == 5:
-            raise ZeroDivisionError
-        return real(self, number, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(loop.Trainer, "_one_step", die_at_5)
+    with dies_at_step(5):
         run_until(config, "distill", Reporter(quiet=True))
     run_until(config, "distill", Reporter(quiet=True))
     resumed, whole = (Path(folder) / "student" / "model.safetensors" for folder in (config.run_dir, told.run_dir))

@@ -18,6 +18,7 @@ from kdscale.prune.plan import Plan
 from kdscale.prune.search.planning import make_plan
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
+from tests.integration.prune.family_table import save_teacher
 
 CPU = torch.device("cpu")
 
@@ -61,6 +62,19 @@ class Teacher:
 @pytest.fixture(scope="session")
 def teacher_class() -> type[Teacher]:
     return Teacher
+
+
+@pytest.fixture(scope="module")
+def teacher_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Teacher]:
+    """The tiny random teacher of a model type (family_table.py), made once for a file of tests."""
+    made: dict[str, Teacher] = {}
+
+    def get(model_type: str) -> Teacher:
+        if model_type not in made:
+            made[model_type] = Teacher(save_teacher(model_type, tmp_path_factory.mktemp(model_type)))
+        return made[model_type]
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,19 +33,6 @@ from tests.integration.prune.family_table import (
 
 CPU = torch.device("cpu")
 STRANGERS = Path(__file__).parents[2] / "fixtures" / "families"
-
-
-@pytest.fixture(scope="module")
-def teacher_of(tmp_path_factory, teacher_class) -> Callable:
-    made = {}
-
-    def get(model_type):
-        if model_type not in made:
-            folder = save_teacher(model_type, tmp_path_factory.mktemp(model_type))
-            made[model_type] = teacher_class(folder)
-        return made[model_type]
-
-    return get
 
 
 def names_shapes_and_identity(teacher, out: Path) -> None:

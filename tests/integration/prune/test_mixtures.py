@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,18 +24,6 @@ from kdscale.weights import Checkpoint
 from tests.integration.prune.family_table import random_scores, save_teacher
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def teacher_of(tmp_path_factory, teacher_class) -> Callable[[str], Any]:
-    made = {}
-
-    def get(model_type):
-        if model_type not in made:
-            made[model_type] = teacher_class(save_teacher(model_type, tmp_path_factory.mktemp(model_type)))
-        return made[model_type]
-
-    return get
 
 
 def whole_model(teacher: Any, watch: str) -> tuple[Any, list[tuple[Tensor, ...]]]:

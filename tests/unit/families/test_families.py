@@ -1,4 +1,4 @@
-"""Families against transformers: every tensor name and shape, defaults, constraints, per-layer fields."""
+"""Families against transformers: every tensor name and shape, defaults, constraints."""
 
 from __future__ import annotations
 
@@ -18,16 +18,10 @@ from hypothesis import strategies as st
 import kdscale.families
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import Dims, TensorSpec, load_family, read_families, supported_types
-from kdscale.families.layer_fields import product_of
-from kdscale.families.schema import FamilyData
 from kdscale.families.writers import layer_writers
 from kdscale.sizing.model_shape import kv_bytes_per_token
+from tests.unit.families.small_configs import FAMILIES, SIZES, small_config, tied_kv_heads, transformers_config
 
-_SIZES = {
-    "hidden": 48, "ffn": 80, "layers": 3, "heads": 6, "kv_heads": 2, "vocab": 96, "experts": 4, "ssm_heads": 6,
-    "ssm_head_dim": 8, "ssm_groups": 2, "ssm_state": 12,
-}  # fmt: skip
-_TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _VARIANTS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "tied": {"tie_word_embeddings": True},
@@ -51,43 +45,8 @@ SEVERAL_KINDS: list[tuple[str, dict[str, Any]]] = [
     ("ernie4_5_moe", {"moe_layer_start_index": 2, "use_bias": True}),
 ]
 _NOT_ANY_ORDER = {"ernie4_5_moe"}  # families whose config cannot say every order of kinds
-_MIXED = ["linear_attention", "full_attention", "linear_attention"]
-# What makes a family's layers be of all their kinds, and its rotary positions be there.
-_SPECIAL: dict[str, dict[str, Any]] = {
-    "granitemoehybrid": {"layer_types": _MIXED, "num_local_experts": 0, "position_embedding_type": "rope"},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
-    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
-    "qwen3_5_text": {"layer_types": _MIXED},
-}
 _FAMILY_FILES = sorted(Path(kdscale.families.__file__).parent.glob("*.json"))
 _LLAMA = next(file for file in _FAMILY_FILES if file.stem == "llama")
-# also those of KDSCALE_FAMILIES
-_FAMILIES = {name: load_family({"model_type": name}, "config.json").data for name in supported_types()}
-
-
-def tied_kv_heads(data: FamilyData) -> bool:
-    """Whether every query head has keys and values of its own."""
-    return any(rule.dim == "kv_heads" and rule.equals == "heads" for rule in data.constraints)
-
-
-def _config(model_type: str, **changes: Any) -> dict[str, Any]:
-    """The sizes above under the family's own field names."""
-    data = _FAMILIES[model_type]
-    sizes = {field.field: _SIZES[dim] for dim, field in data.dims.items() if field.field and dim in _SIZES}
-    if data.experts_per_token is not None:
-        sizes[data.experts_per_token.field] = 2
-    if (head_dim := data.dims["head_dim"]).field and head_dim.absent is None:
-        sizes[head_dim.field] = 8
-    sizes |= {product.field: product_of(product, Dims(**_SIZES, head_dim=8)) for product in data.products}
-    if tied_kv_heads(data):
-        sizes[data.dims["kv_heads"].field] = _SIZES["heads"]
-    return {"model_type": model_type, **_TOKENS, **sizes, **_SPECIAL.get(model_type, {}), **changes}
-
-
-def _hf_config(config: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**config)
 
 
 def _hf_state(
@@ -102,7 +61,7 @@ def _hf_state(
     from kdscale.models.loading import auto_class
 
     with torch.device("meta"):
-        model = auto_class(config).from_config(_hf_config(config))
+        model = auto_class(config).from_config(transformers_config(config))
         model.tie_weights()
     named = dict((*model.named_parameters(), *model.named_buffers()))  # of tied ones the first
     kept = {name: value for name, value in model.state_dict().items() if name in named and name not in tied}
@@ -131,7 +90,7 @@ def _parameters(specs: Collection[TensorSpec]) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("variant", _VARIANTS)
 @pytest.mark.parametrize("model_type", supported_types())
 def test_tensors_and_counts_are_those_of_transformers(model_type: str, variant: str) -> None:
-    config, data = _config(model_type), _FAMILIES[model_type]
+    config, data = small_config(model_type), FAMILIES[model_type]
     known = {field.field for field in (*data.dims.values(), *data.flags.values())} | {"rope_theta", "rope_scaling"}
     if not set(_VARIANTS[variant]) <= known or (model_type, variant) == ("phi3", "rope-scaling"):
         pytest.skip("transformers has no such variant of this family")
@@ -151,14 +110,14 @@ def test_tensors_and_counts_are_those_of_transformers(model_type: str, variant: 
     assert counted.total == count == counted.embedding + counted.non_embedding
     others = [spec for spec in specs.values() if spec.counts_as_embedding and spec.role not in ("embed", "head")]
     positions = sum(math.prod(spec.shape) for spec in others)
-    assert counted.embedding == (1 if tied else 2) * _SIZES["vocab"] * _SIZES["hidden"] + positions
+    assert counted.embedding == (1 if tied else 2) * SIZES["vocab"] * SIZES["hidden"] + positions
 
 
 @pytest.mark.parametrize(("model_type", "changes"), SEVERAL_KINDS)
 def test_layers_of_several_kinds_have_the_tensors_that_transformers_gives_them(
     model_type: str, changes: dict[str, Any]
 ) -> None:
-    config = _config(model_type, **{**changes, "num_hidden_layers": 6})
+    config = small_config(model_type, **{**changes, "num_hidden_layers": 6})
     family = load_family(config, "config.json")
     kinds = family.layer_kinds(config)
     assert len(set(kinds)) == 2
@@ -180,7 +139,7 @@ def test_layers_of_several_kinds_have_the_tensors_that_transformers_gives_them(
     [({"mlp_only_layers": "0"}, "a list of layer numbers"), ({"decoder_sparse_step": 0}, "decoder_sparse_step")],
 )
 def test_fields_that_say_no_kind_of_a_layer_are_named(changes: dict[str, Any], message: str) -> None:
-    config = _config("qwen3_moe", **changes)
+    config = small_config("qwen3_moe", **changes)
     with pytest.raises(CheckpointError, match=message):
         load_family(config, "config.json").tensors(config)
 
@@ -199,7 +158,7 @@ def test_axes_that_follow_another_keep_its_share_and_stay_as_round_as_they_are()
 
 @pytest.mark.parametrize("model_type", supported_types())
 def test_components_are_the_modules_that_parameters_are_in(model_type: str) -> None:
-    config = _config(model_type, **(_VARIANTS["biases"] if model_type == "llama" else {}))
+    config = small_config(model_type, **(_VARIANTS["biases"] if model_type == "llama" else {}))
     family = load_family(config, "config.json")
     sites, components = family.sites, family.parameter_components(config)
     assert components[f"{sites.embed}.weight"] == "embedding"
@@ -223,15 +182,15 @@ def test_absent_fields_mean_what_transformers_takes_them_for(model_type: str, fi
     import torch
     from transformers import AutoModelForCausalLM
 
-    if any(product.over for product in _FAMILIES[model_type].products):
+    if any(product.over for product in FAMILIES[model_type].products):
         pytest.skip("its hidden size goes with its mixers")
-    fields = {dim: found.field for dim, found in _FAMILIES[model_type].dims.items()}
+    fields = {dim: found.field for dim, found in FAMILIES[model_type].dims.items()}
     sizes = {"heads": 64, "hidden": 128, "kv_heads": 32}
-    if tied_kv_heads(_FAMILIES[model_type]):
+    if tied_kv_heads(FAMILIES[model_type]):
         sizes |= {"heads": 128, "kv_heads": 128}
-    config = _config(model_type, **{fields[dim]: size for dim, size in sizes.items() if fields[dim]})
+    config = small_config(model_type, **{fields[dim]: size for dim, size in sizes.items() if fields[dim]})
     config.pop(fields[field], None)
-    family, hf = load_family(config, "config.json"), _hf_config(config)
+    family, hf = load_family(config, "config.json"), transformers_config(config)
     if (spec := family.data.dims[field]).field and spec.absent is None:  # transformers has no such model either
         with pytest.raises(CheckpointError, match="no such field"):
             family.dims(config)
@@ -250,11 +209,11 @@ def test_sites_are_modules_of_the_model_and_have_the_axes(model_type: str) -> No
 
     from kdscale.models.loading import auto_class
 
-    config = _config(model_type)
+    config = small_config(model_type)
     family = load_family(config, "config.json")
     sites, dims = family.sites, family.dims(config)
     with torch.device("meta"):
-        model = auto_class(config).from_config(_hf_config(config))
+        model = auto_class(config).from_config(transformers_config(config))
     for path in (sites.embed, sites.final_norm, sites.rotary, sites.head, sites.pooler):
         model.get_submodule(path)
     assert len(model.get_submodule(sites.layers)) == dims.layers  # type: ignore[arg-type]
@@ -286,20 +245,21 @@ def test_sites_are_modules_of_the_model_and_have_the_axes(model_type: str) -> No
 def test_constraints_refuse_what_transformers_refuses(model_type: str, heads: int, groups: int, hidden: int) -> None:
     """Sizes that pass our rules build in transformers; sizes transformers refuses do not pass."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    assume(not any(product.over for product in _FAMILIES[model_type].products))  # whose hidden size has more rules
-    fields = {dim: found.field for dim, found in _FAMILIES[model_type].dims.items()}
+    from kdscale.models.loading import auto_class
+
+    assume(not any(product.over for product in FAMILIES[model_type].products))  # whose hidden size has more rules
+    fields = {dim: found.field for dim, found in FAMILIES[model_type].dims.items()}
     sizes = {"hidden": hidden, "heads": heads, "kv_heads": groups, "head_dim": 8}
-    config = _config(model_type, **{fields[dim]: size for dim, size in sizes.items() if fields[dim]})
+    config = small_config(model_type, **{fields[dim]: size for dim, size in sizes.items() if fields[dim]})
     family = load_family(config, "config.json")
-    dims = Dims(**sizes, ffn=80, layers=3, vocab=96, experts=_SIZES["experts"] if "experts" in fields else 0)
+    dims = Dims(**sizes, ffn=80, layers=3, vocab=96, experts=SIZES["experts"] if "experts" in fields else 0)
     broken = family.violations(dims)
     if any("is not a multiple of heads" in rule for rule in broken):
-        with pytest.raises(Exception, match=r"not a multiple|divisible"), torch.device("meta"):
-            AutoModelForCausalLM.from_config(_hf_config(config))
-    else:
-        _hf_config(config)
+        with pytest.raises(Exception, match=r"not a multiple|divisible|must divide"), torch.device("meta"):
+            auto_class(config).from_config(transformers_config(config))
+    elif fields["head_dim"] or hidden // heads % 2 == 0:  # a head size is the teacher's, and no cut makes it odd
+        transformers_config(config)
     if fields["kv_heads"]:
         assert any("kv group" in rule for rule in broken) == bool(heads % groups)
     for dim in ("kv_heads", "head_dim"):  # without a field in the config there is no such model
@@ -309,7 +269,7 @@ def test_constraints_refuse_what_transformers_refuses(model_type: str, heads: in
 
 
 def test_llama_refuses_a_hidden_size_that_its_heads_do_not_divide() -> None:
-    config = _config("llama", hidden_size=50, head_dim=8)
+    config = small_config("llama", hidden_size=50, head_dim=8)
     with pytest.raises(CheckpointError, match=r"hidden \(50\) is not a multiple of heads \(6\)"):
         load_family(config, "config.json").dims(config)
 
@@ -326,17 +286,17 @@ def test_llama_refuses_a_hidden_size_that_its_heads_do_not_divide() -> None:
     ],
 )
 def test_sizes_that_make_no_sense_are_named(changes: dict[str, Any], message: str) -> None:
-    config = _config("llama", **changes)
+    config = small_config("llama", **changes)
     with pytest.raises(CheckpointError, match=message):
         load_family(config, "some/config.json").dims(config)
 
 
 def test_missing_size_and_odd_flag_are_named() -> None:
-    config = _config("llama")
+    config = small_config("llama")
     del config["vocab_size"]
     with pytest.raises(CheckpointError, match="no such field"):
         load_family(config, "config.json").dims(config)
-    config = _config("llama", tie_word_embeddings="yes")
+    config = small_config("llama", tie_word_embeddings="yes")
     with pytest.raises(CheckpointError, match="tie_word_embeddings"):
         load_family(config, "config.json").tensors(config)
 
@@ -347,18 +307,18 @@ def test_missing_size_and_odd_flag_are_named() -> None:
         ({"model_type": "opt"}, "llama, ministral"),
         ({}, "no such field"),
         ({"model_type": ["llama"]}, "model_type"),
-        (_config("llama", architectures=["LlamaForSequenceClassification"]), "LlamaForCausalLM"),
-        (_config("llama", architectures="LlamaForCausalLM"), "architectures"),
+        (small_config("llama", architectures=["LlamaForSequenceClassification"]), "LlamaForCausalLM"),
+        (small_config("llama", architectures="LlamaForCausalLM"), "architectures"),
         ({"model_type": "shieldgemma2", "text_config": {"model_type": "gemma3_text"}}, "alone, as Gemma3ForCausalLM"),
         (
             {"model_type": "video_llava", "text_config": {"model_type": "opt"}},
             r"several modalities .* \('opt' in text_config",
         ),
-        (_config("llama", rms_norm_eps=float("nan")), "rms_norm_eps\n  expected: a finite"),
-        (_config("llama", rope_scaling={"factor": float("inf")}), r"rope_scaling\.factor"),
-        (_config("llama", rope_parameters={"rope_theta": -1}), r"rope_theta\n  expected: a positive"),
-        (_config("llama", max_position_embeddings=0), "max_position_embeddings"),
-        (_config("llama", quantization_config={"quant_method": "gptq"}), "quantis"),
+        (small_config("llama", rms_norm_eps=float("nan")), "rms_norm_eps\n  expected: a finite"),
+        (small_config("llama", rope_scaling={"factor": float("inf")}), r"rope_scaling\.factor"),
+        (small_config("llama", rope_parameters={"rope_theta": -1}), r"rope_theta\n  expected: a positive"),
+        (small_config("llama", max_position_embeddings=0), "max_position_embeddings"),
+        (small_config("llama", quantization_config={"quant_method": "gptq"}), "quantis"),
     ],
 )
 def test_configs_that_are_not_supported_are_refused(config: dict[str, Any], message: str) -> None:
@@ -366,108 +326,8 @@ def test_configs_that_are_not_supported_are_refused(config: dict[str, Any], mess
         load_family(config, "config.json")
 
 
-def test_student_config_changes_sizes_and_per_layer_fields_only() -> None:
-    teacher = _config(
-        "qwen2",
-        num_hidden_layers=4,
-        use_sliding_window=True,
-        max_window_layers=2,
-        layer_types=["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
-        rope_theta=1e6,
-        rope_scaling={"rope_type": "yarn", "factor": 4.0},
-        eos_token_id=7,
-    )
-    before = json.dumps(teacher)
-    family = load_family(teacher, "config.json")
-    dims = family.dims(teacher).replace(hidden=40, ffn=32, heads=4, layers=2)
-    student = family.student_config(teacher, dims, [0, 3])
-    assert json.dumps(teacher) == before
-    assert family.dims(student) == dims
-    assert student["head_dim"] == 8  # the teacher's 48 // 6, not the student's 40 // 4
-    assert student["layer_types"] == ["full_attention", "sliding_attention"]
-    assert student["max_window_layers"] == 1
-    changed = {key for key in student if student[key] != teacher.get(key)}
-    assert changed == {
-        "hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "num_hidden_layers", "layer_types",
-        "max_window_layers",
-    }  # fmt: skip
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data(), model_type=st.sampled_from(["qwen2", "qwen3"]), layers=st.integers(1, 6))
-def test_kept_layers_keep_their_kind_of_attention(data: st.DataObject, model_type: str, layers: int) -> None:
-    """Even when the kinds are implied by max_window_layers, each kept layer has in the student what it had."""
-    config = _config(model_type, num_hidden_layers=layers, use_sliding_window=True, sliding_window=16, head_dim=8)
-    border = data.draw(st.none() | st.integers(0, 8))
-    if border is not None:
-        config["max_window_layers"] = border
-    kept = sorted(data.draw(st.sets(st.integers(0, layers - 1), min_size=1)))
-    family = load_family(config, "config.json")
-    student = family.student_config(config, family.dims(config).replace(layers=len(kept)), kept)
-    theirs = _hf_config(config).layer_types
-    assert _hf_config(student).layer_types == [theirs[i] for i in kept]
-
-
-@pytest.mark.parametrize(
-    ("model_type", "every_field", "said_too", "list_field"),
-    [
-        ("gemma3_text", "sliding_window_pattern", "_sliding_window_pattern", "layer_types"),
-        ("smollm3", "no_rope_layer_interval", "no_rope_layer_interval", "no_rope_layers"),
-    ],
-)
-def test_no_field_contradicts_the_cut_list(model_type: str, every_field: str, said_too: str, list_field: str) -> None:
-    config = _config(model_type, num_hidden_layers=6, **{every_field: 3, said_too: 3})
-    family = load_family(config, "config.json")
-    values = family.student_config(config, family.dims(config), range(6)).get(list_field) or [0, 0, 1] * 2
-    for kept, stays in (([0, 1, 2, 3], True), ([0, 1, 2, 3, 4, 5], True), ([0, 2, 3, 5], False), ([2, 4], False)):
-        student = family.student_config(config, family.dims(config).replace(layers=len(kept)), kept)
-        assert {every_field in student, said_too in student} == {stays}, kept
-        assert student.get(list_field) is None or len(student[list_field]) == len(kept) <= len(values)
-        ours, teachers = (getattr(_hf_config(one), list_field) for one in (student, config))
-        assert ours == [teachers[layer] for layer in kept]
-
-
-def test_a_pattern_in_letters_goes_with_the_layers_that_it_stood_for() -> None:
-    kinds = ["sliding_attention"] * 3 + ["full_attention"]
-    config = _config("exaone4", num_hidden_layers=4, layer_types=kinds, sliding_window_pattern="LLLG")
-    family = load_family(config, "config.json")
-    student = family.student_config(config, family.dims(config).replace(layers=2), [1, 3])
-    assert student["layer_types"] == ["sliding_attention", "full_attention"]
-    assert "sliding_window_pattern" not in student
-
-
-@pytest.mark.parametrize(
-    ("model_type", "field", "alias"),
-    [("mixtral", "num_local_experts", "num_experts"), ("gpt2", "n_layer", "num_hidden_layers")],
-)
-def test_a_size_that_is_given_twice_is_changed_twice(model_type: str, field: str, alias: str) -> None:
-    config = _config(model_type, **{field: 4, alias: 4})
-    family = load_family(config, "config.json")
-    dims = family.dims(config).replace(**{"experts" if model_type == "mixtral" else "layers": 2})
-    student = family.student_config(config, dims, range(dims.layers))
-    assert student[field] == student[alias] == 2
-    with pytest.raises(CheckpointError, match=f"{field} and {alias}"):
-        family.dims({**config, alias: 5})
-
-
-def test_student_config_refuses_wrong_layers_and_sizes() -> None:
-    config = _config("llama")
-    family = load_family(config, "config.json")
-    dims = family.dims(config)
-    for kept in ([0, 1], [0, 2, 1], [0, 1, 1], [0, 1, 3]):
-        with pytest.raises(ValueError, match="kept_layers"):
-            family.student_config(config, dims, kept)
-    with pytest.raises(ValueError, match="never change"):
-        family.student_config(config, dims.replace(head_dim=4), [0, 1, 2])
-    with pytest.raises(ConfigError, match="not a multiple"):
-        family.student_config(config, dims.replace(hidden=50), [0, 1, 2])
-    broken = {**config, "layer_types": ["full_attention"]}
-    with pytest.raises(CheckpointError, match="list of 3 entries"):
-        family.student_config(broken, dims.replace(layers=1), [0])
-
-
 def test_kv_cache_counts_keys_and_values_of_all_layers() -> None:
-    config = _config("llama")  # 3 layers, 2 kv heads of 8 dimensions, two bytes a value
+    config = small_config("llama")  # 3 layers, 2 kv heads of 8 dimensions, two bytes a value
     dims = load_family(config, "config.json").dims(config)
     assert kv_bytes_per_token(dims.layers, dims.kv_heads, dims.head_dim) == 2 * 3 * 2 * 8 * 2
 

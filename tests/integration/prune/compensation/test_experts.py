@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,11 @@ from kdscale.prune.plan import Plan
 from kdscale.prune.search.planning import make_plan
 from kdscale.prune.slicing import Slicer
 from kdscale.runtime.progress import Reporter
-from tests.integration.prune.family_table import random_scores, save_teacher
+from tests.integration.prune.family_table import random_scores
 
 CPU = torch.device("cpu")
 RIDGE = 0.03
 CUT = {"ffn": 24, "experts": 3, "hidden": 24, "hidden_method": "activation"}
-
-
-@pytest.fixture(scope="module")
-def teacher_of(tmp_path_factory, teacher_class) -> Callable[[str], Any]:
-    made = {}
-
-    def get(model_type):
-        if model_type not in made:
-            made[model_type] = teacher_class(save_teacher(model_type, tmp_path_factory.mktemp(model_type)))
-        return made[model_type]
-
-    return get
 
 
 def plan_of(teacher: Any, compensate: str, **cut: Any) -> tuple[Plan, PruneConfig]:
