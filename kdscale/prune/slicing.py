@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdscale.families import Family, TensorSpec
 from kdscale.families.dims import NEVER_CUT
-from kdscale.families.schema import axis_blocks, axis_size
+from kdscale.families.schema import axis_blocks, axis_groups, axis_size, block_size
 from kdscale.families.writers import Writer, layer_writers
 from kdscale.prune.plan import Plan
 
@@ -146,7 +146,17 @@ class Slicer:
             strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
             out += [start + sum(map(int.__mul__, choice, strides)) for choice in itertools.product(*units)]
             start += math.prod(sizes)
-        return out
+        return out if (groups := axis_groups(axis)) is None else self._by_group(axis, out, self._sizes[groups])
+
+    def _by_group(self, axis: str, indices: list[int], groups: int) -> list[int]:
+        """Indices along the blocks of an axis one after the other → their places where each group's stand together."""
+        places: list[int] = []
+        before, whole = 0, axis_size(axis, self._sizes) // groups
+        for block in axis_blocks(axis):
+            width = block_size(block, self._sizes) // groups
+            places += [group * whole + before + i for group in range(groups) for i in range(width)]
+            before += width
+        return sorted(places[index] for index in indices)
 
     def _is_cut(self, factor: str | int) -> bool:
         if isinstance(factor, int) or factor in NEVER_CUT or factor in self.family.data.sizes:

@@ -6,7 +6,16 @@ named axis per dimension. Nothing here imports torch, so that planning starts in
 
 from __future__ import annotations
 
-from kdscale.families.schema.axes import DIMS, SSM_DIMS, DimName, axis_blocks, axis_size, block_size, evaluate
+from kdscale.families.schema.axes import (
+    DIMS,
+    SSM_DIMS,
+    DimName,
+    axis_blocks,
+    axis_groups,
+    axis_size,
+    block_size,
+    evaluate,
+)
 from kdscale.families.schema.config_fields import Constraint, DimField, LayerList, Narrowed, ProductField
 from kdscale.families.schema.family_file import FamilyData
 from kdscale.families.schema.gguf import Gguf
@@ -34,6 +43,7 @@ __all__ = [
     "Sites",
     "TensorTemplate",
     "axis_blocks",
+    "axis_groups",
     "axis_size",
     "block_size",
     "evaluate",

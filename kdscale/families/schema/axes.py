@@ -1,4 +1,5 @@
-"""Axes and sizes as a family file writes them: `heads*head_dim | kv_heads`, `hidden // heads`."""
+"""Axes and sizes as a family file writes them: `heads*head_dim | kv_heads`, `ssm_heads | ssm_heads by ssm_groups`,
+`hidden // heads`."""
 
 from __future__ import annotations
 
@@ -24,20 +25,34 @@ _EXPRESSION = re.compile(
     r"(?P<dim>[a-z_]+)|(?P<top>[a-z_]+) // (?P<by>[a-z_]+)|(?P<times>[1-9][0-9]*|[a-z_]+) \* (?P<of>[a-z_]+)"
 )
 
+_BY = " by "
+
 # An axis is a sequence of blocks; a block is a row-major product of dimensions and plain numbers.
 Blocks = tuple[tuple[str | int, ...], ...]
 
 
 @cache
 def axis_blocks(axis: str) -> Blocks:
-    """Parse `heads*head_dim | kv_heads` into (("heads", "head_dim"), ("kv_heads",)). Raises ValueError."""
+    """Parse `heads*head_dim | kv_heads` into (("heads", "head_dim"), ("kv_heads",)). Raises ValueError.
+
+    Of an axis in groups, `ssm_groups*ssm_state | ssm_heads by ssm_groups`, they are the blocks over all groups.
+    """
     blocks = []
-    for block in axis.split("|"):
+    for block in axis.partition(_BY)[0].split("|"):
         factors = [factor.strip() for factor in block.split("*")]
         if wrong := [factor for factor in factors if not _FACTOR.fullmatch(factor)]:
             raise ValueError(f"axis {axis!r}: {wrong[0]!r} is neither a dimension nor a positive number")
         blocks.append(tuple(int(factor) if factor.isdigit() else factor for factor in factors))
     return tuple(blocks)
+
+
+@cache
+def axis_groups(axis: str) -> str | None:
+    """The dimension that an axis is in groups of: first all that belongs to group 0, block after block, then group 1.
+
+    The first factor of each block is that dimension or a multiple of it. None: the blocks follow one another whole.
+    """
+    return axis.partition(_BY)[2].strip() or None
 
 
 def block_size(block: tuple[str | int, ...], sizes: Mapping[str, int]) -> int:
@@ -52,6 +67,8 @@ def axis_size(axis: str, sizes: Mapping[str, int]) -> int:
 
 def _axis(text: str) -> str:
     axis_blocks(text)
+    if _BY in text and axis_groups(text) not in DIMS:
+        raise ValueError(f"axis {text!r}: {axis_groups(text)!r} is no dimension to have groups of")
     return text
 
 

@@ -18,6 +18,7 @@ from kdscale.families.schema.axes import (
     Name,
     Strict,
     axis_blocks,
+    axis_groups,
     expression_names,
 )
 from kdscale.families.schema.config_fields import (
@@ -182,6 +183,11 @@ class FamilyData(Strict):
             unknown = [f for block in axis_blocks(axis) for f in block if isinstance(f, str) and f not in known]
             if unknown:
                 raise ValueError(f"axes: {axis!r} uses {unknown[0]!r}, which is neither in dims nor in sizes")
+        multiples = {(rule.dim, rule.by) for rule in self.constraints}
+        for axis, groups in ((axis, groups) for axis in axes if (groups := axis_groups(axis)) is not None):
+            firsts = {block[0] for block in axis_blocks(axis)} - {groups}
+            if loose := sorted(str(first) for first in firsts if (first, groups) not in multiples):
+                raise ValueError(f"axes: {axis!r} needs a constraint that {loose[0]} is a multiple of {groups}")
         unused = set(self.sizes) - named - {f for axis in axes for block in axis_blocks(axis) for f in block}
         if unused:
             raise ValueError(f"sizes {sorted(unused)} are not used by any tensor")

@@ -34,6 +34,10 @@ MLA = {
     "q_lora_rank": 10, "kv_lora_rank": 14, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8,
     "num_key_value_heads": 4,
 }  # fmt: skip
+DELTA_NET: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 8,
+    "linear_conv_kernel_dim": 4, "initializer_range": 0.1,
+}  # fmt: skip
 # What a family's tiny teacher has besides the sizes above; a family that is not here has nothing.
 SPECIAL: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -115,11 +119,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "conv_bias": True,
         "conv_L_cache": 3,
     },
-    "qwen3_5_text": {
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "head_dim": 8,
-        "linear_conv_kernel_dim": 4,
-        "initializer_range": 0.1,
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_5_moe_text": {**DELTA_NET, "num_experts": 5, "shared_expert_intermediate_size": 30},
+    "qwen3_next": {
+        **DELTA_NET,
+        "num_experts": 5,
+        "shared_expert_intermediate_size": 30,
+        "mlp_only_layers": [0],
+        "initializer_range": 0.07,
     },
     "roberta": {"pad_token_id": 1, "max_position_embeddings": POSITIONS + 2},
     "granite": {

@@ -20,6 +20,12 @@ SIGLIP = {"model_type": "siglip_vision_model", **VISION}
 CLIP = {"model_type": "clip_vision_model", "projection_dim": 16, **VISION}
 MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
 QWEN_VISION = {"hidden_size": 16, "depth": 2, "num_heads": 2, "patch_size": 14}
+QWEN3_5 = {
+    "layer_types": ["linear_attention", "full_attention", "full_attention"], "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "rope_parameters": {**MROPE, "mrope_section": [1, 0, 0], "partial_rotary_factor": 0.25},
+}  # fmt: skip
+QWEN3_5_VISION = {**QWEN_VISION, "intermediate_size": 24, "out_hidden_size": 32, "num_position_embeddings": 16}
 WHOLE: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 9},
@@ -50,15 +56,13 @@ WHOLE: dict[str, dict[str, Any]] = {
             "num_position_embeddings": 16,
         },
     },
-    "qwen3_5": {
+    "qwen3_5": {"text_config": QWEN3_5, "vision_config": QWEN3_5_VISION},
+    "qwen3_5_moe": {
         "text_config": {
-            "layer_types": ["linear_attention", "full_attention", "full_attention"], "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-            "rope_parameters": {**MROPE, "mrope_section": [1, 0, 0], "partial_rotary_factor": 0.25},
+            **QWEN3_5, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 30,
         },
-        "vision_config": {
-            **QWEN_VISION, "intermediate_size": 24, "out_hidden_size": 32, "num_position_embeddings": 16,
-        },
+        "vision_config": QWEN3_5_VISION,
     },
     "smolvlm": {"text_config": {"model_type": "llama"}, "vision_config": VISION},
     "idefics3": {"text_config": {"model_type": "llama"}, "vision_config": VISION},

@@ -20,6 +20,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
     "qwen3_5_text": {"layer_types": _MIXED},
+    "qwen3_5_moe_text": {"layer_types": _MIXED},
+    "qwen3_next": {"layer_types": _MIXED},
 }
 # also those of KDSCALE_FAMILIES
 FAMILIES = {name: load_family({"model_type": name}, "config.json").data for name in supported_types()}

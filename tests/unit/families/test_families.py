@@ -38,6 +38,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 SEVERAL_KINDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"mlp_only_layers": [0, 3]}),
     ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}),
+    ("qwen3_next", {"mlp_only_layers": [0, 3], "layer_types": ["full_attention"] * 6}),
     ("glm4_moe", {"first_k_dense_replace": 2, "use_qk_norm": True, "attention_bias": True}),
     ("deepseek_v3", {"first_k_dense_replace": 3, "n_group": 2, "topk_group": 1}),
     ("deepseek_v2", {"first_k_dense_replace": 1, "q_lora_rank": None, "attention_bias": True, "mlp_bias": True}),
@@ -357,6 +358,11 @@ def test_family_files_are_checked_strictly(tmp_path: Path) -> None:
         ({"dims": {**data["dims"], "head_dim": {"field": "head_dim", "absent": "hidden / 2"}}}, "is not of the form"),
         ({"sites": {**data["sites"], "ffn": ""}}, "either ffn, or experts"),
         ({"dims": {key: value for key, value in data["dims"].items() if key != "ffn"}}, "lacks ffn"),
+        (
+            {"tensors": [{**tensors[0], "axes": ["vocab", "hidden by width"]}, *tensors[1:]]},
+            "no dimension to have groups",
+        ),
+        ({"tensors": [{**tensors[0], "axes": ["vocab by heads", "hidden"]}, *tensors[1:]]}, "needs a constraint"),
         ({"ties": [{**data["ties"][0], "to": "model.wte.weight"}]}, "model.wte.weight"),
     ]
     for changes, message in cases:

@@ -73,6 +73,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
     "starcoder2-3b": ("starcoder2", _sizes(3072, 12288, 30, 24, 2, 49152), 3_030_371_328),
     "Mixtral-8x7B": ("mixtral", _MIXTRAL, 46_702_792_704),
     "Qwen3-30B-A3B": ("qwen3_moe", _QWEN3_MOE, 30_532_122_624),
+    "Qwen3-Next-80B-A3B": ("qwen3_next", _sizes(2048, 5120, 48, 16, 2, 151936), 79_674_391_296),
     "Falcon-H1-0.5B": ("falcon_h1", _sizes(1024, 2048, 36, 8, 2, 32784, **_FALCON_H1), 521_411_104),
     "OLMoE-1B-7B": ("olmoe", _OLMOE, 6_919_161_856),
     "gpt-oss-20b": ("gpt_oss", _sizes(2880, 2880, 24, 64, 8, 201088, num_local_experts=32, **_GPT_OSS), 20_914_757_184),
@@ -104,6 +105,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
 # Models of which only the rounded figures of their authors are at hand: billions of parameters, all and active.
 ROUNDED: dict[str, tuple[str, dict[str, Any], float, float]] = {
     "GLM-4.5-Air": ("glm4_moe", _sizes(4096, 10944, 46, 96, 8, 151552, **_GLM), 106, 13),
+    "Qwen3.5-35B-A3B": ("qwen3_5_moe_text", _sizes(2048, 0, 40, 16, 2, 248320), 35, 3.46),
     "granite-3.1-3b-a800m": ("granitemoe", _sizes(1536, 512, 32, 24, 8, 49155, **_GRANITE), 3.3, 0.88),
 }
 
