@@ -32,7 +32,8 @@ def families_command() -> None:
     for data in family_files():
         axes = cuttable_axes(data)
         cells = ["-" if axis not in axes else axes[axis].replace("alone", "yes") for axis in SHAPE_AXES]
-        rows.append((", ".join(data.model_types), *cells, "yes" if data.gguf else "-"))
+        names = data.model_types if data.chosen is None else (data.name,)
+        rows.append((", ".join(names), *cells, "yes" if data.gguf else "-"))
     title = "Axes that can be cut, alone (yes) or with another"
     Console().print(table(title, ("", *SHAPE_AXES, "GGUF"), rows))
 

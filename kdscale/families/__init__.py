@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from kdscale.errors import CheckpointError, ConfigError
+from kdscale.families.config_values import is_about
 from kdscale.families.cuttable import cuttable_axes
 from kdscale.families.dims import Dims, ParamCount
 from kdscale.families.family import Family
 from kdscale.families.limits import check_numbers
-from kdscale.families.nested_family import NestedFamily, text_type
+from kdscale.families.nested_family import NestedFamily, language_config, text_type
 from kdscale.families.schema import FamilyData, Sites
 from kdscale.families.schema.nested_file import NestedData
 from kdscale.families.tensor_specs import TensorSpec
@@ -65,7 +66,8 @@ def load_family(config_dict: dict[str, Any], where: str) -> Family:
         model_type = text_type(nested, config_dict, where)
     if not isinstance(model_type, str) or model_type not in by_type:
         raise _unknown_type(config_dict, where, sorted(by_type), None if nested is None else model_type)
-    data = by_type[model_type]
+    own = config_dict if nested is None else language_config(nested, config_dict)
+    data = _file_about(by_type[model_type], own, where)
     if nested is None:
         _check_architecture(config_dict, where, data.architectures)
     if config_dict.get("quantization_config") is not None:
@@ -87,6 +89,11 @@ def load_family(config_dict: dict[str, Any], where: str) -> Family:
                 hint=rule.why,
             )
     return family
+
+
+def _file_about(files: tuple[FamilyData, ...], config: dict[str, Any], where: str) -> FamilyData:
+    """The file that is about this config; a single one whatever it says, since `requires` tells what it lacks."""
+    return next((data for data in files if is_about(data, config, where)), files[0])
 
 
 def nested_data(config_dict: dict[str, Any]) -> NestedData | None:
@@ -111,7 +118,7 @@ def _unknown_type(config_dict: dict[str, Any], where: str, known: list[str], inn
         inner = nested.get("model_type")
         got += f", a model of several modalities around a language model ({inner!r} in text_config)"
         if isinstance(inner, str) and inner in known:
-            class_name = _families()[inner].architectures[0]
+            class_name = _families()[inner][0].architectures[0]
             hint = f"save its language model alone, as {class_name}, and give that folder, or write a file about it "
             hint += "(docs/how-to/prune-a-multimodal-model.md)"
     return CheckpointError(f"{where}: {field}", expected="one of " + ", ".join(known), got=got, hint=hint)
@@ -119,14 +126,14 @@ def _unknown_type(config_dict: dict[str, Any], where: str, known: list[str], inn
 
 def head_kind(config_dict: dict[str, Any]) -> str:
     """What stands on the model of a config: `masked_lm` or `none` on an encoder, `causal_lm` on all others."""
-    data = _families().get(str(config_dict.get("model_type")))
-    return "causal_lm" if data is None or not data.is_encoder else data.heads[data.architecture_in(config_dict)]
+    files = _families().get(str(config_dict.get("model_type")), ())
+    return next((data.heads[data.architecture_in(config_dict)] for data in files if data.is_encoder), "causal_lm")
 
 
 def dropped_heads(model_type: Any, layers: int) -> dict[str, str]:
     """Glob of tensors that a student of so many layers does without → what they are; empty for an unknown type."""
-    data = _families().get(model_type) if isinstance(model_type, str) else None
-    return {} if data is None else {drop.glob(lambda: layers): drop.what for drop in data.drops}
+    files = _families().get(model_type, ()) if isinstance(model_type, str) else ()
+    return {drop.glob(lambda: layers): drop.what for data in files for drop in data.drops}
 
 
 def supported_types() -> list[str]:
@@ -141,12 +148,13 @@ def nested_types() -> list[str]:
 
 def family_files() -> list[FamilyData]:
     """What every known family file says, by the families' names."""
-    return sorted({data.name: data for data in _families().values()}.values(), key=lambda data: data.name)
+    every = (data for files in _families().values() for data in files)
+    return sorted({data.name: data for data in every}.values(), key=lambda data: data.name)
 
 
 def decoder_types() -> list[str]:
     """Those of models that write text, sorted."""
-    return sorted(name for name, data in _families().items() if not data.is_encoder)
+    return sorted(name for name, files in _families().items() if not files[0].is_encoder)
 
 
 def gguf_families() -> list[str]:
@@ -159,19 +167,32 @@ def gguf_data() -> list[FamilyData]:
     return [data for data in family_files() if data.gguf is not None]
 
 
-def read_families(files: Iterable[Path]) -> dict[str, FamilyData]:
-    """Read family files into model_type → family. Raises ConfigError naming the file and every field that is wrong."""
-    return _read_files(files, FamilyData)
+def read_families(files: Iterable[Path]) -> dict[str, tuple[FamilyData, ...]]:
+    """Read family files into model_type → its file, or the two that its configs are divided among (`chosen`).
+
+    Raises ConfigError naming the file and every field that is wrong.
+    """
+    by_type: dict[str, tuple[FamilyData, ...]] = {}
+    for file, data in _read_files(files, FamilyData):
+        for model_type in data.model_types:
+            others = by_type.get(model_type, ())
+            if others and not _divide(others, data):
+                raise ConfigError(f"{file}: model_types", got=f"{model_type}, which another family file has already")
+            by_type[model_type] = (*others, data)
+    return by_type
 
 
-def _read_files(files: Iterable[Path], schema: type[_File]) -> dict[str, _File]:
-    by_type: dict[str, _File] = {}
-    for file in sorted(files):
-        try:
-            data = schema.model_validate(read_json(file, ConfigError, expect=dict))
-        except ValidationError as error:
-            wrong = [f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()]
-            raise ConfigError(f"{file} is not a family file", got="; ".join(wrong)) from error
+def _divide(others: tuple[FamilyData, ...], data: FamilyData) -> bool:
+    """Whether two files of one model type say which configs each is about, by the same question."""
+    one, two = others[0].chosen, data.chosen
+    if len(others) > 1 or one is None or two is None:
+        return False
+    return one.question == two.question and one.holds != two.holds
+
+
+def _read_nested(files: Iterable[Path]) -> dict[str, NestedData]:
+    by_type: dict[str, NestedData] = {}
+    for file, data in _read_files(files, NestedData):
         for model_type in data.model_types:
             if model_type in by_type:
                 raise ConfigError(f"{file}: model_types", got=f"{model_type}, which another family file has already")
@@ -179,7 +200,17 @@ def _read_files(files: Iterable[Path], schema: type[_File]) -> dict[str, _File]:
     return by_type
 
 
-def _families() -> dict[str, FamilyData]:
+def _read_files(files: Iterable[Path], schema: type[_File]) -> Iterator[tuple[Path, _File]]:
+    for file in sorted(files):
+        try:
+            data = schema.model_validate(read_json(file, ConfigError, expect=dict))
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()]
+            raise ConfigError(f"{file} is not a family file", got="; ".join(wrong)) from error
+        yield file, data
+
+
+def _families() -> dict[str, tuple[FamilyData, ...]]:
     return _read_folders(os.environ.get(FOLDERS, ""))[0]
 
 
@@ -188,7 +219,7 @@ def _nested() -> dict[str, NestedData]:
 
 
 @cache
-def _read_folders(extra: str) -> tuple[dict[str, FamilyData], dict[str, NestedData]]:
+def _read_folders(extra: str) -> tuple[dict[str, tuple[FamilyData, ...]], dict[str, NestedData]]:
     """Read the shipped files and those of the folders in `extra`, and of their folders `nested`.
 
     Raises ConfigError for a folder that is missing.
@@ -198,7 +229,7 @@ def _read_folders(extra: str) -> tuple[dict[str, FamilyData], dict[str, NestedDa
         if not folder.is_dir():
             raise ConfigError(f"{FOLDERS} names {folder}, which is not a folder")
     families = read_families(file for folder in folders for file in folder.glob("*.json"))
-    nested = _read_files((file for folder in folders for file in folder.glob("nested/*.json")), NestedData)
+    nested = _read_nested(file for folder in folders for file in folder.glob("nested/*.json"))
     if twice := sorted(set(families) & set(nested)):
         raise ConfigError("model_types of families and of nested models", got=f"{twice[0]} in both")
     return families, nested

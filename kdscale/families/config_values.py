@@ -7,7 +7,7 @@ from typing import Any
 
 from kdscale.errors import CheckpointError
 from kdscale.families.dims import Dims
-from kdscale.families.layer_fields import Config, product_of
+from kdscale.families.layer_fields import Config, listed, product_of
 from kdscale.families.schema import FamilyData
 
 
@@ -20,6 +20,17 @@ def flag_of(data: FamilyData, config: Config, name: str, where: str) -> bool:
     if not isinstance(value, bool):
         raise CheckpointError(f"{where}: {flag.field}", expected="true or false", got=repr(value))
     return value
+
+
+def is_about(data: FamilyData, config: Config, where: str) -> bool:
+    """Whether a file is about this config of its model type. Raises CheckpointError for a list that is none."""
+    rule = data.chosen
+    if rule is None:
+        return True
+    if rule.entry is None:
+        return bool(config.get(rule.field, rule.absent)) == rule.holds
+    values = listed(next(entry for entry in data.layer_lists if entry.field == rule.field), config, where)
+    return (isinstance(values, list) and rule.entry in values) == rule.holds
 
 
 def first_position(data: FamilyData, config: Config) -> int:

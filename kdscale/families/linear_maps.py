@@ -15,7 +15,7 @@ from kdscale.families.tensor_specs import TensorSpec
 # Roles of linear maps → what they read, for all that read the same: its name, and the axis that it is wide.
 READS = {
     **dict.fromkeys(("q", "k", "v", "qkv", "q_a", "kv_a"), ("attention", "hidden")),
-    **dict.fromkeys(("gate", "up", "gate_up", "shared_gate", "shared_up"), ("mlp", "hidden")),
+    **dict.fromkeys(("gate", "up", "gate_up", "shared_gate", "shared_up", "shared_gate_up"), ("mlp", "hidden")),
     "o": ("heads", "heads*head_dim"),
     "down": ("ffn", "ffn"),
 }

@@ -36,11 +36,13 @@ def experts_call(args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[Tens
 
 def expert_units(experts: Any, expert: int, hidden_nD: Tensor) -> Tensor:
     """What the down projection of `expert` reads for these tokens: [n, F]."""
-    weight, bias = experts.gate_up_proj[expert], None
+    gated = getattr(experts, "has_gate", True)  # else there is no gate, and the activation follows at once
+    into, bias = experts.gate_up_proj if gated else experts.up_proj, None
     if getattr(experts, "has_bias", False):
-        bias = experts.gate_up_proj_bias[expert]
-    units: Tensor = experts._apply_gate(nn.functional.linear(hidden_nD, _outputs_first(experts, weight), bias))
-    return units
+        bias = (experts.gate_up_proj_bias if gated else experts.up_proj_bias)[expert]
+    read_nU = nn.functional.linear(hidden_nD, _outputs_first(experts, into[expert]), bias)
+    units_nF: Tensor = experts._apply_gate(read_nU) if gated else experts.act_fn(read_nU)
+    return units_nF
 
 
 def down_weight(experts: Any, expert: int) -> Tensor:

@@ -137,6 +137,24 @@ class Requirement(Strict):
     why: Name
 
 
+class Chosen(Strict):
+    """Which configs a file is about where a model type has two files (mixtures and models without experts).
+
+    Those whose `field` holds something, neither null, false nor 0 (`absent`: whether a missing field does), or with
+    `entry` those whose layer list `field` has this entry; with `holds: false` all others.
+    """
+
+    field: Name
+    holds: bool
+    absent: bool = False
+    entry: Name | None = None
+
+    @property
+    def question(self) -> tuple[Any, ...]:
+        """What two files of one model type must have in common."""
+        return self.field, self.absent, self.entry
+
+
 class Pattern(Strict):
     """The list that an absent field stands for: `last` in every n-th layer, `others` in the other layers."""
 

@@ -22,6 +22,7 @@ from kdscale.families.schema.axes import (
     expression_names,
 )
 from kdscale.families.schema.config_fields import (
+    Chosen,
     Constraint,
     DimField,
     ExpertGroups,
@@ -44,6 +45,7 @@ class FamilyData(Strict):
     name: Name
     model_types: tuple[Name, ...] = Field(strict=False, min_length=1)
     architectures: tuple[Name, ...] = Field(strict=False, min_length=1)
+    chosen: Chosen | None = None  # which configs it is about, where another file has the same model type
     # of encoders, whose positions see those after them too: what stands on each architecture; empty: a causal LM
     heads: dict[Name, Literal["masked_lm", "none"]] = Field(default={})
     dims: dict[DimName, DimField]
@@ -88,8 +90,10 @@ class FamilyData(Strict):
         if len(set(known)) < len(known) or used - set(known):
             raise ValueError(f"layer_kinds gives {known} but tensors and sites_in use {sorted(used)}")
         listed = {rule.field for rule in self.layer_kinds if rule.field is not None}
+        if self.chosen is not None and self.chosen.entry is not None:
+            listed.add(self.chosen.field)
         if missing := listed - {entry.field for entry in self.layer_lists}:
-            raise ValueError(f"layer_kinds: {', '.join(missing)} is not in layer_lists")
+            raise ValueError(f"layer_kinds, chosen: {', '.join(missing)} is not in layer_lists")
         for kinds in itertools.product(*(rule.names for rule in self.layer_kinds)):
             sites = self.sites_of(kinds)
             there = [t for t in self.tensors if self.exists_in(t, kinds)]

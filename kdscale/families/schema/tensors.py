@@ -13,7 +13,7 @@ from kdscale.families.schema.axes import Axis, DimName, Name, Strict
 Component = Literal["embedding", "attention", "mixer", "ffn", "norm", "head"]
 # Latent attention: projections to a small width and from there to all heads, for queries, and for keys and values.
 _MLA = ("q_a", "q_a_bias", "q_b", "kv_a", "kv_a_bias", "kv_b")
-_MAPS = ("gate", "up", "gate_up", "down", "shared_gate", "shared_up", "shared_down")
+_MAPS = ("gate", "up", "gate_up", "down", "shared_gate", "shared_up", "shared_gate_up", "shared_down")
 _NORMS_WITHOUT_BIAS = ("q_norm", "k_norm", "q_a_norm", "kv_a_norm", "ssm_norm")
 _NORMS = (
     "embed_norm", "attn_norm", *_NORMS_WITHOUT_BIAS, "attn_post_norm", "ffn_norm", "ffn_post_norm", "final_norm",

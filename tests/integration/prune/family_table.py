@@ -38,6 +38,26 @@ DELTA_NET: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 8,
     "linear_conv_kernel_dim": 4, "initializer_range": 0.1,
 }  # fmt: skip
+GRANITE_HYBRID: dict[str, Any] = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 4.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "position_embedding_type": "rope",
+    "mamba_d_head": 48,
+    "mamba_expand": 9,
+    "mamba_d_conv": 4,
+    "mamba_chunk_size": 16,
+}
+NEMOTRON_H: dict[str, Any] = {
+    "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+    "head_dim": 12,
+    "mamba_d_conv": 4,
+    "conv_kernel": 4,
+    "chunk_size": 16,
+    "mlp_hidden_act": "relu2",
+}
 # What a family's tiny teacher has besides the sizes above; a family that is not here has nothing.
 SPECIAL: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -89,27 +109,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "mamba_d_conv": 4,
         "mamba_rms_norm": True,
     },
-    "granitemoehybrid": {
-        "embedding_multiplier": 3.0,
-        "logits_scaling": 4.0,
-        "residual_multiplier": 0.5,
-        "attention_multiplier": 0.2,
-        "num_local_experts": 0,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "position_embedding_type": "rope",
-        "mamba_d_head": 48,
-        "mamba_expand": 9,
-        "mamba_d_conv": 4,
-        "mamba_chunk_size": 16,
-    },
-    "nemotron_h": {
-        "layers_block_type": ["linear_attention", "full_attention", "mlp"],
-        "head_dim": 12,
-        "mamba_d_conv": 4,
-        "conv_kernel": 4,
-        "chunk_size": 16,
-        "mlp_hidden_act": "relu2",
-    },
+    "granitemoehybrid": {**GRANITE_HYBRID, "num_local_experts": 0},
+    "nemotron_h": NEMOTRON_H,
     "lfm2": {
         "layer_types": ["conv", "full_attention", "conv"],
         "block_auto_adjust_ff_dim": True,
@@ -139,6 +140,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 # Teachers of the table besides one a family: the family, and what else its tiny teacher has.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "granitemoehybrid, experts": (
+        "granitemoehybrid",
+        {**GRANITE_HYBRID, "num_local_experts": 5, "shared_intermediate_size": 30, "intermediate_size": 48},
+    ),
+    "nemotron_h, experts": (
+        "nemotron_h",
+        {
+            **NEMOTRON_H,
+            "layers_block_type": ["linear_attention", "full_attention", "moe"],
+            "n_routed_experts": 6,
+            "n_group": 2,
+            "initializer_range": 0.1,
+            "moe_intermediate_size": 48,
+            "moe_shared_expert_intermediate_size": 30,
+        },
+    ),
     "qwen3_moe, two kinds": ("qwen3_moe", {"num_experts": 5, "mlp_only_layers": [1], "intermediate_size": 80}),
 }
 # Every axis once. What is cut together is compared in different places, so that a failure still names the axis.
@@ -186,7 +203,7 @@ def tiny_config(model_type: str, architecture: str | None = None) -> dict[str, A
     """
     model_type, changes = VARIANTS.get(model_type, (model_type, SPECIAL.get(model_type, {})))
     chosen = architecture or architectures(model_type)[0]
-    data = load_family({"model_type": model_type, "architectures": [chosen]}, "config.json").data
+    data = load_family({"model_type": model_type, "architectures": [chosen], **changes}, "config.json").data
     sizes = {field.field: SIZES[dim] for dim, field in data.dims.items() if field.field and dim in SIZES}
     sizes |= {str(field.field): POSITIONS for name, field in data.sizes.items() if name == "positions"}
     if data.experts_per_token is not None:
@@ -198,7 +215,7 @@ def tiny_config(model_type: str, architecture: str | None = None) -> dict[str, A
 
 def architectures(model_type: str) -> tuple[str, ...]:
     """The architectures of a family file."""
-    found: tuple[str, ...] = families._families()[model_type].architectures
+    found: tuple[str, ...] = families._families()[model_type][0].architectures
     return found
 
 

@@ -17,14 +17,21 @@ _MIXED = ["linear_attention", "full_attention", "linear_attention"]
 # What makes a family's layers be of all their kinds, and its rotary positions be there.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": _MIXED, "num_local_experts": 0, "position_embedding_type": "rope"},
+    "granitemoehybrid_moe": {"layer_types": _MIXED, "position_embedding_type": "rope"},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
+    "nemotron_h_moe": {"layers_block_type": ["linear_attention", "full_attention", "moe"]},
     "qwen3_5_text": {"layer_types": _MIXED},
     "qwen3_5_moe_text": {"layer_types": _MIXED},
     "qwen3_next": {"layer_types": _MIXED},
 }
-# also those of KDSCALE_FAMILIES
-FAMILIES = {name: load_family({"model_type": name}, "config.json").data for name in supported_types()}
+# Files about some configs of a model type that has two: the type.
+_TYPES = {"granitemoehybrid_moe": "granitemoehybrid", "nemotron_h_moe": "nemotron_h"}
+# By model type or file; also those of KDSCALE_FAMILIES.
+FAMILIES = {
+    name: load_family({"model_type": _TYPES.get(name, name), **_SPECIAL.get(name, {})}, "config.json").data
+    for name in (*supported_types(), *_TYPES)
+}
 
 
 def tied_kv_heads(data: FamilyData) -> bool:
@@ -43,7 +50,13 @@ def small_config(model_type: str, **changes: Any) -> dict[str, Any]:
     sizes |= {product.field: product_of(product, Dims(**SIZES, head_dim=8)) for product in data.products}
     if tied_kv_heads(data):
         sizes[data.dims["kv_heads"].field] = SIZES["heads"]
-    return {"model_type": model_type, **_TOKENS, **sizes, **_SPECIAL.get(model_type, {}), **changes}
+    return {
+        "model_type": _TYPES.get(model_type, model_type),
+        **_TOKENS,
+        **sizes,
+        **_SPECIAL.get(model_type, {}),
+        **changes,
+    }
 
 
 def transformers_config(config: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ def test_an_axis_is_cut_alone_or_with_the_one_that_it_follows() -> None:
     assert axes["llama"] == dict.fromkeys(("hidden", "ffn", "heads", "kv_heads", "layers"), "alone")
     assert axes["mixtral"]["experts"] == "alone"
     assert (axes["gpt2"]["hidden"], axes["gpt2"]["kv_heads"], axes["gpt2"]["ffn"]) == ("heads", "heads", "alone")
+    assert (axes["deepseek_v3"]["heads"], axes["deepseek_v3"]["kv_heads"]) == ("kv_heads", "heads")
     assert (axes["olmoe"]["heads"], axes["olmoe"]["kv_heads"]) == ("hidden", "alone")
 
 
@@ -20,5 +21,5 @@ def test_every_model_type_is_listed(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setenv("COLUMNS", "120")
     families_command()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert {name for row in rows for name in row} >= set(supported_types())
+    assert {name for row in rows for name in row} >= {*supported_types(), "granitemoehybrid_moe"}
     assert ["gpt2", "heads", "yes", "hidden", "heads", "yes"] in [row[:6] for row in rows]

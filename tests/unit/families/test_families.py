@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import kdscale.families
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.families import Dims, TensorSpec, load_family, read_families, supported_types
+from kdscale.families import Dims, TensorSpec, load_family, read_families
 from kdscale.families.writers import layer_writers
 from kdscale.sizing.model_shape import kv_bytes_per_token
 from tests.unit.families.small_configs import FAMILIES, SIZES, small_config, tied_kv_heads, transformers_config
@@ -89,7 +89,7 @@ def _parameters(specs: Collection[TensorSpec]) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("variant", _VARIANTS)
-@pytest.mark.parametrize("model_type", supported_types())
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_tensors_and_counts_are_those_of_transformers(model_type: str, variant: str) -> None:
     config, data = small_config(model_type), FAMILIES[model_type]
     known = {field.field for field in (*data.dims.values(), *data.flags.values())} | {"rope_theta", "rope_scaling"}
@@ -157,7 +157,7 @@ def test_axes_that_follow_another_keep_its_share_and_stay_as_round_as_they_are()
     assert counted.tolist() == [5472, 7936, 64, 10944]
 
 
-@pytest.mark.parametrize("model_type", supported_types())
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_components_are_the_modules_that_parameters_are_in(model_type: str) -> None:
     config = small_config(model_type, **(_VARIANTS["biases"] if model_type == "llama" else {}))
     family = load_family(config, "config.json")
@@ -178,7 +178,7 @@ def test_components_are_the_modules_that_parameters_are_in(model_type: str) -> N
 
 
 @pytest.mark.parametrize("field", ["kv_heads", "head_dim"])
-@pytest.mark.parametrize("model_type", supported_types())
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_absent_fields_mean_what_transformers_takes_them_for(model_type: str, field: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -204,7 +204,7 @@ def test_absent_fields_mean_what_transformers_takes_them_for(model_type: str, fi
     assert dims.head_dim == (head_dim or hf.hidden_size // hf.num_attention_heads)
 
 
-@pytest.mark.parametrize("model_type", supported_types())
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_sites_are_modules_of_the_model_and_have_the_axes(model_type: str) -> None:
     import torch
 
@@ -238,7 +238,7 @@ def test_sites_are_modules_of_the_model_and_have_the_axes(model_type: str) -> No
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    model_type=st.sampled_from(supported_types()),
+    model_type=st.sampled_from(list(FAMILIES)),
     heads=st.integers(1, 8),
     groups=st.integers(1, 8),
     hidden=st.integers(1, 64),

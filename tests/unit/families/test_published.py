@@ -35,6 +35,15 @@ _FALCON_H1 = {
     "head_dim": 64, "mamba_d_ssm": 1536, "mamba_n_heads": 24, "mamba_d_head": 64, "mamba_d_state": 128,
     "mamba_n_groups": 1,
 }  # fmt: skip
+_GRANITE_4 = {
+    "shared_intermediate_size": 1536, "mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128,
+    "layer_types": ["attention" if layer % 10 == 5 else "mamba" for layer in range(40)], "tie_word_embeddings": True,
+}  # fmt: skip
+_NEMOTRON_3 = {
+    "hybrid_override_pattern": "MEMEM*E" + "MEMEM*E" * 4 + "MEMEMEM*E" + "MEMEMEME", "head_dim": 128, "n_groups": 8,
+    "mamba_num_heads": 64, "mamba_head_dim": 64, "moe_intermediate_size": 1856, "n_routed_experts": 128,
+    "moe_shared_expert_intermediate_size": 3712, "num_experts_per_tok": 6,
+}  # fmt: skip
 _EXAONE = _sizes(2048, 4096, 30, 32, 8, 102400, head_dim=64, tie_word_embeddings=True)
 _BERT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _DISTILBERT = {"dim": 768, "hidden_dim": 3072, "n_layers": 6, "n_heads": 12, "vocab_size": 30522}
@@ -106,6 +115,13 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
 ROUNDED: dict[str, tuple[str, dict[str, Any], float, float]] = {
     "GLM-4.5-Air": ("glm4_moe", _sizes(4096, 10944, 46, 96, 8, 151552, **_GLM), 106, 13),
     "Qwen3.5-35B-A3B": ("qwen3_5_moe_text", _sizes(2048, 0, 40, 16, 2, 248320), 35, 3.46),
+    "granite-4.0-h-small": (
+        "granitemoehybrid",
+        _sizes(4096, 768, 40, 32, 8, 100352, num_local_experts=72, num_experts_per_tok=10, **_GRANITE_4),
+        32.2,
+        9,
+    ),
+    "Nemotron-3-Nano-30B-A3B": ("nemotron_h", _sizes(2688, 1856, 52, 32, 2, 131072, **_NEMOTRON_3), 31.6, 3.6),
     "granite-3.1-3b-a800m": ("granitemoe", _sizes(1536, 512, 32, 24, 8, 49155, **_GRANITE), 3.3, 0.88),
 }
 

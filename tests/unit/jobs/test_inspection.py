@@ -18,7 +18,7 @@ from kdscale.jobs.inspection import inspect_path
 from kdscale.jobs.inspection.cuts import axes_of, typical_cuts
 from kdscale.packaging.gguf_writer import write_gguf
 from kdscale.runtime.progress import Reporter
-from tests.integration.prune.family_table import tiny_config
+from tests.integration.prune.family_table import VARIANTS, tiny_config
 
 
 def test_a_plain_checkpoint(tiny_llama_dir: Path) -> None:
@@ -39,7 +39,7 @@ def test_a_plain_checkpoint(tiny_llama_dir: Path) -> None:
     assert cuts["kv heads to 1/2"]["sizes"] == {"kv_heads": 1}
 
 
-@pytest.mark.parametrize("model_type", supported_types())
+@pytest.mark.parametrize("model_type", [*supported_types(), *VARIANTS])
 def test_every_typical_cut_is_a_model_that_its_family_allows(model_type: str) -> None:
     config = tiny_config(model_type)
     family = load_family(config, "config.json")
