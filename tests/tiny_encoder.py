@@ -1,8 +1,9 @@
-"""A tiny random BERT on disk with a WordPiece tokenizer of its own."""
+"""A tiny random encoder on disk with a WordPiece tokenizer of its own."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,10 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def save_tiny_encoder(
     folder: Path, texts: Sequence[str], architecture: str = "BertForMaskedLM", pooling: str | None = None
 ) -> Path:
-    """Four layers of 32 channels; `pooling`: "mean" or "cls" in files as sentence-transformers writes them."""
+    """Four layers of 32 channels, of a family whose config has the fields of BERT's.
+
+    `pooling`: "mean" or "cls" in files as sentence-transformers writes them.
+    """
     import torch
     import transformers
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -28,7 +32,8 @@ def save_tiny_encoder(
     names = {f"{name.strip('[]').lower()}_token": name for name in _SPECIAL}
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     torch.manual_seed(3)
-    config = transformers.BertConfig(
+    family = re.sub(r"(Model|For\w+)$", "", architecture)
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
         num_attention_heads=4, max_position_embeddings=128, initializer_range=0.2, pad_token_id=0,
     )  # fmt: skip

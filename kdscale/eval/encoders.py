@@ -46,7 +46,7 @@ from kdscale.weights import read_config
 from kdscale.weights.sentence_files import pooling_of
 
 _GROUPS = 10  # of documents, whose figures' spread gives a standard error
-_FEWEST = 2 * _GROUPS  # documents
+_FEWEST = 3 * _GROUPS  # documents: a group needs more than one pair
 _WITHOUT_TOKENS = dict.fromkeys(("perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement"))
 
 
@@ -62,7 +62,7 @@ def evaluate_encoders(
 ) -> dict[str, Any]:
     """Measure `models` ("teacher" and any students) and write `out_path`; returns what it wrote, as quality.evaluate.
 
-    Raises ConfigError without a teacher, DataError for fewer than 20 held-out documents.
+    Raises ConfigError without a teacher, DataError for fewer than 30 held-out documents.
     """
     if TEACHER not in models:
         raise ConfigError("the models to evaluate", expected="one named teacher", got=", ".join(models))

@@ -61,7 +61,7 @@ def layer_list(entry: LayerList, config: Config, layers: int, where: str) -> lis
         every = config.get(rule.every_field, rule.every) if rule.every_field else rule.every
         if not isinstance(every, int) or every < 1:
             raise CheckpointError(f"{where}: {rule.every_field}", expected="a positive integer", got=repr(every))
-        return [rule.others if (layer + 1) % every else rule.last for layer in range(layers)]
+        return rule.entries(layers, every)
     if values is not None and (not isinstance(values, list) or len(values) < layers):
         raise CheckpointError(f"{where}: {entry.field}", expected=f"a list of {layers} entries", got=repr(values))
     return values

@@ -32,7 +32,7 @@ def write_layer_kinds(data: FamilyData, student: dict[str, Any], wanted: Sequenc
             _rewrite(rule, student, marked)
         if _holding(rule, student, len(wanted), where) != marked:
             order = ", ".join(str(rule.kind if mark else rule.otherwise) for mark in marked)
-            fields = ", ".join(condition.field for condition in rule.where)
+            fields = ", ".join(condition.field for condition in rule.where) or "a config"
             raise ConfigError(
                 f"no {data.name} model has the kept layers in their order", expected=f"layers that {fields} can give",
                 got=order, hint="keep other layers, or leave the axis layers alone",
@@ -53,6 +53,8 @@ def _answers(rule: LayerKinds, data: FamilyData, config: Config, layers: int, wh
 
 def _holding(rule: LayerKinds, config: Config, layers: int, where: str) -> list[bool]:
     """Of each layer, whether all conditions hold."""
+    if rule.first:
+        return [layer == 0 for layer in range(layers)]
     columns = [_holds(condition, config, layers, where) for condition in rule.where]
     return [all(of_layer) for of_layer in zip(*columns, strict=True)]
 

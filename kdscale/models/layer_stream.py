@@ -238,9 +238,15 @@ class LayerStream:
         from accelerate import init_empty_weights
         from transformers.initialization import no_init_weights
 
-        config = self.family.language(self.family.student_config(self.config, self.dims.replace(layers=1), [index]))
+        # transformers would make another layer of one that comes first: it is built behind the first one
+        built = [0, index] if index and self.family.data.first_layer_differs else [index]
+        student = self.family.student_config(self.config, self.dims.replace(layers=len(built)), built)
+        config = self.family.language(student)
         with explain_library_errors(self.family.where), init_empty_weights(include_buffers=False), no_init_weights():
-            model = auto_class(config).from_config(built_config(config), dtype=self.dtype)
+            model: nn.Module = auto_class(config).from_config(built_config(config), dtype=self.dtype)
+        if len(built) > 1:
+            layers = model.get_submodule(self.family.sites.layers)
+            replace_module(model, self.family.sites.layers, nn.ModuleList(list(layers.children())[-1:]))
         attend_within_documents(model)
         return model.eval().requires_grad_(False)
 

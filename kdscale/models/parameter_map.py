@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,6 +77,11 @@ def trained_tensors(
     specs, copies = family.tensors(source.config), family.tied(source.config)
     ranges, on_disk = parameter_ranges(specs), parameter_shapes(specs)
     trained: dict[str, ParameterRange] = {}
+    for tensor, original in copies.items():
+        if tensor in shapes:  # the model's first name of what is tied is the other one (XLM-R's head)
+            ranges[tensor] = replace(ranges[original], name=tensor)
+            specs[tensor], on_disk[tensor] = specs[original], on_disk[original]
+            copies = {**copies, original: tensor}
     for name in source.names:
         full_name = family.full_name(name)
         original = copies.get(full_name, tied.get(full_name, full_name))
@@ -112,6 +117,8 @@ class ParameterReader:
         specs = {name: spec for name, spec in family.tensors(checkpoint.config).items() if not spec.buffer}
         for name, span in parameter_ranges(specs).items():
             self._tensors.setdefault(span.name, {})[name] = span
+        tied = family.tied(checkpoint.config)
+        self._originals = {family.parameter(name): specs[original].parameter for name, original in tied.items()}
 
     @classmethod
     def open(cls, path: Path) -> ParameterReader:
@@ -140,12 +147,16 @@ class ParameterReader:
 
     def numel(self, parameter: str) -> int:
         """How many values a parameter has on disk; 0 when it is not there."""
-        return sum(span.length for span in self._tensors.get(parameter, {}).values())
+        return sum(span.length for span in self._of(parameter).values())
 
     def fill(self, parameter: str, begin: int, out: torch.Tensor) -> None:
         """Values `begin` to `begin + len(out)` of a parameter, in storage order, into the flat `out` in its dtype."""
         end = begin + out.numel()
-        for name, span in self._tensors[parameter].items():
+        for name, span in self._of(parameter).items():
             low, high = max(begin, span.offset), min(end, span.offset + span.length)
             if low < high:
                 self.checkpoint.fill(name, low - span.offset, out[low - begin : high - begin])
+
+    def _of(self, parameter: str) -> dict[str, ParameterRange]:
+        """The tensors of a parameter, by any name of one that is tied."""
+        return self._tensors.get(self._originals.get(parameter, parameter), {})

@@ -156,12 +156,25 @@ class Chosen(Strict):
 
 
 class Pattern(Strict):
-    """The list that an absent field stands for: `last` in every n-th layer, `others` in the other layers."""
+    """The list that an absent field stands for: `last` of every n layers, or `first` of them, else `others`."""
 
     every: Annotated[int, Field(ge=1)]
     every_field: Name | None = None  # config field that overrides `every`
-    last: str | int
+    last: str | int | None = None
+    first: str | int | None = None
     others: str | int
+
+    @model_validator(mode="after")
+    def _one_of_n(self) -> Pattern:
+        if (self.last is None) == (self.first is None):
+            raise ValueError("needs either last or first")
+        return self
+
+    def entries(self, layers: int, every: int) -> list[str | int]:
+        """The list of so many layers, where the interval is `every`."""
+        if self.first is not None:
+            return [self.others if layer % every else self.first for layer in range(layers)]
+        return [self.others if self.last is None or (layer + 1) % every else self.last for layer in range(layers)]
 
 
 class Letters(Strict):

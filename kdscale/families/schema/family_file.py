@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -113,6 +114,11 @@ class FamilyData(Strict):
         """Whether its models read a text from both sides."""
         return bool(self.heads)
 
+    @property
+    def first_layer_differs(self) -> bool:
+        """Whether a model's first layer is of a kind of its own: no other layer can stand in its place."""
+        return any(rule.first for rule in self.layer_kinds)
+
     def architecture_in(self, config: Mapping[str, Any]) -> str:
         """The architecture that a config of an encoder names; without one the first in this file."""
         names = config.get("architectures") or ()
@@ -138,6 +144,7 @@ class FamilyData(Strict):
                 "architectures": (name,),
                 "tensors": tuple(tensors),
                 "ties": tuple(tie for tie in self.ties if {tie.tensor, tie.to} <= names),
+                "drops": tuple(drop for drop in self.drops if not fnmatch.filter(names, drop.tensors)),
                 "sites": self.sites.model_copy(update=sites),
                 "optional_prefix": None if prefix else self.optional_prefix,
             }

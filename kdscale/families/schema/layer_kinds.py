@@ -33,7 +33,8 @@ class LayerKinds(Strict):
     """Which of several kinds each layer is of: one question, such as dense or mixture, or attention or state space.
 
     Either `field`, one of the family's `layer_lists`, has an entry a layer, and `kinds` gives the kind of each entry;
-    or a layer is of `kind` where all conditions in `where` hold, and of `otherwise` elsewhere.
+    or a layer is of `kind` where all conditions in `where` hold, and of `otherwise` elsewhere. With `first` the first
+    layer alone is of `kind`, whatever the config says (ModernBERT's has no norm before its attention).
     """
 
     field: Name | None = None
@@ -41,12 +42,13 @@ class LayerKinds(Strict):
     kind: Name | None = None
     otherwise: Name | None = None
     where: tuple[LayerCondition, ...] = Field(strict=False, default=())
+    first: bool = False
 
     @model_validator(mode="after")
     def _one_way(self) -> LayerKinds:
-        listed, counted = (self.field, self.kinds), (self.kind, self.otherwise, self.where)
+        listed, counted = (self.field, self.kinds), (self.kind, self.otherwise, self.where or self.first)
         if not (all(listed) and not any(counted)) and not (all(counted) and not any(listed)):
-            raise ValueError("needs either field and kinds, or kind, otherwise and where")
+            raise ValueError("needs either field and kinds, or kind, otherwise and where (or first)")
         return self
 
     @property

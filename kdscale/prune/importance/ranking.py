@@ -68,14 +68,15 @@ class Ranking:
         needed: tuple[str, ...],
         layer_axes: Sequence[frozenset[str]] | None = None,
         expert_groups: int = 1,
+        keeps_first: bool = False,
     ):
         """`needed`: axes that may be cut. `layer_axes`: those that each layer has, by default all of them.
-        `expert_groups`: of which each keeps as many experts as any other.
+        `expert_groups`: of which each keeps as many experts as any other. `keeps_first`: no student lacks layer 0.
 
         Raises ConfigError when a score they need is missing or malformed.
         """
         self.dims, self.cfg, self.has_scores, self._layer_axes = dims, cfg, scores is not None, layer_axes
-        self._expert_groups = expert_groups
+        self._expert_groups, self._keeps_first = expert_groups, keeps_first
         self._energy: dict[str, Floats] = {}
         blocks = cfg.criterion("layers").scores_blocks
         shapes = {
@@ -150,16 +151,18 @@ class Ranking:
         Without scores: all but the last ones before the final layer, as arXiv 2408.11796 (section 3.2) drops them.
         """
         total, drop = self.dims.layers, self.dims.layers - count
-        scores = self._energy.get("layers")
+        scores, first = self._energy.get("layers"), int(self._keeps_first)  # `first` that may go
         if self.cfg.criterion("layers").method == "spread":
-            return spread_layers(total, count)
+            return [0] if self._keeps_first and count == 1 else spread_layers(total, count)
         if scores is None:
-            start = max(total - 1 - drop, 0)
+            start = max(total - 1 - drop, first)
         elif self.cfg.criterion("layers").scores_blocks:
-            start = int(np.argmin([scores[layer, layer + drop] for layer in range(count + 1)]))
+            start = first + int(np.argmin([scores[layer, layer + drop] for layer in range(first, count + 1)]))
         elif self.cfg.contiguous_layers:
             sums = np.concatenate([[0.0], np.cumsum(scores)])
-            start = int(np.argmin(sums[drop:] - sums[: total - drop + 1]))
+            start = first + int(np.argmin((sums[drop:] - sums[: total - drop + 1])[first:]))
+        elif self._keeps_first:
+            return [0, *(1 + layer for layer in _top(scores[1:], count - 1))]
         else:
             return _top(scores, count)
         return [layer for layer in range(total) if not start <= layer < start + drop]

@@ -65,7 +65,7 @@ class Search:
         """Which units stay at any size."""
         axes = [self.family.layer_axes(self.config, layer) for layer in range(self.teacher.layers)]
         needed, (groups, _) = openable_axes(self.cfg, self.teacher), self.family.expert_groups
-        return Ranking(self.teacher, self.scores, self.cfg, needed, axes, groups)
+        return Ranking(self.teacher, self.scores, self.cfg, needed, axes, groups, self.family.data.first_layer_differs)
 
     @cached_property
     def scoring(self) -> ShapeScoring:

@@ -139,6 +139,21 @@ def test_a_sentence_encoder_comes_nearer_to_its_teacher_and_keeps_its_files(make
     assert not torch.equal(tensors["encoder.layer.0.output.dense.bias"], own["encoder.layer.0.output.dense.bias"])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("architecture", "distill"),
+    [("ModernBertForMaskedLM", MASKED), ("XLMRobertaForMaskedLM", MASKED), ("XLMRobertaModel", EMBEDDED)],
+)
+def test_encoders_of_other_families_come_nearer_to_their_teacher(make_config, tmp_path, architecture, distill) -> None:
+    config = make_config(tmp_path / "run", architecture, distill)
+    run_until(config, "report", Reporter(quiet=True))
+    before, *_, after = validations(config)
+    assert after["loss"] < before["loss"]
+    embed = next(name for name in load_file(tmp_path / "run" / "student" / "model.safetensors") if "mbeddings" in name)
+    student, pruned = (load_file(tmp_path / "run" / f / "model.safetensors")[embed] for f in ("student", "pruned"))
+    assert not torch.equal(student, pruned)  # a tied embedding is trained, by whichever name
+
+
 @pytest.mark.parametrize(
     ("architecture", "distill", "sections", "named"),
     [

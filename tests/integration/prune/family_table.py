@@ -129,7 +129,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
         "initializer_range": 0.07,
     },
-    "roberta": {"pad_token_id": 1, "max_position_embeddings": POSITIONS + 2},
+    "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2},
+    **{name: {"pad_token_id": 1, "max_position_embeddings": POSITIONS + 2} for name in ("roberta", "xlm-roberta")},
     "granite": {
         "embedding_multiplier": 3.0,
         "logits_scaling": 4.0,

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import kdscale.families
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import Dims, TensorSpec, load_family, read_families
+from kdscale.families.windows import attention_windows
 from kdscale.families.writers import layer_writers
 from kdscale.sizing.model_shape import kv_bytes_per_token
 from tests.unit.families.small_configs import FAMILIES, SIZES, small_config, tied_kv_heads, transformers_config
@@ -44,8 +45,9 @@ SEVERAL_KINDS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v2", {"first_k_dense_replace": 1, "q_lora_rank": None, "attention_bias": True, "mlp_bias": True}),
     ("ernie4_5_moe", {"moe_layer_interval": 2, "moe_num_shared_experts": 0}),
     ("ernie4_5_moe", {"moe_layer_start_index": 2, "use_bias": True}),
+    ("modernbert", {"norm_bias": True, "classifier_bias": True, "decoder_bias": False}),
 ]
-_NOT_ANY_ORDER = {"ernie4_5_moe"}  # families whose config cannot say every order of kinds
+_NOT_ANY_ORDER = {"ernie4_5_moe", "modernbert"}  # families whose config cannot say every order of kinds
 _FAMILY_FILES = sorted(Path(kdscale.families.__file__).parent.glob("*.json"))
 _LLAMA = next(file for file in _FAMILY_FILES if file.stem == "llama")
 
@@ -64,12 +66,14 @@ def _hf_state(
     with torch.device("meta"):
         model = auto_class(config).from_config(transformers_config(config))
         model.tie_weights()
-    named = dict((*model.named_parameters(), *model.named_buffers()))  # of tied ones the first
-    kept = {name: value for name, value in model.state_dict().items() if name in named and name not in tied}
-    parameters = dict(model.named_parameters())
-    buffers = (value for name, value in kept.items() if name not in parameters and name not in constants)
+    names: dict[int, str] = {}  # of what has several names the first that is not tied to another
+    for name, value in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+        if name not in tied:
+            names.setdefault(id(value), name)
+    kept = {name: value for name, value in model.state_dict().items() if name in names.values()}
+    buffers = (value for name, value in model.named_buffers() if name in kept and name not in constants)
     state = {name: tuple(value.shape) for name, value in kept.items()}
-    return state, sum(value.numel() for value in (*parameters.values(), *buffers))
+    return state, sum(value.numel() for value in (*model.parameters(), *buffers))
 
 
 def _parameters(specs: Collection[TensorSpec]) -> dict[str, tuple[int, ...]]:
@@ -273,6 +277,20 @@ def test_llama_refuses_a_hidden_size_that_its_heads_do_not_divide() -> None:
     config = small_config("llama", hidden_size=50, head_dim=8)
     with pytest.raises(CheckpointError, match=r"hidden \(50\) is not a multiple of heads \(6\)"):
         load_family(config, "config.json").dims(config)
+
+
+def test_an_interval_may_begin_with_the_first_layer() -> None:
+    """ModernBERT as the hub has it: the lists of transformers 5 are not there."""
+    config = small_config("modernbert", num_hidden_layers=7, global_attn_every_n_layers=3)
+    family = load_family(config, "config.json")
+    assert attention_windows(family, config) == [None, 128, 128, None, 128, 128, None]
+    student = family.student_config(config, family.dims(config).replace(layers=3), [0, 1, 3])
+    assert student["layer_types"] == ["full_attention", "sliding_attention", "full_attention"]
+    assert "global_attn_every_n_layers" not in student
+    for each in (config, student):
+        windows = attention_windows(family, each)
+        kinds = transformers_config(each).layer_types
+        assert [kind == "full_attention" for kind in kinds] == [window is None for window in windows]
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,18 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
         22_713_216,
     ),
     "distilbert-base-uncased": ("distilbert", {**_DISTILBERT, "architectures": ["DistilBertForMaskedLM"]}, 66_985_530),
+    "ModernBERT-base": (
+        "modernbert",
+        {
+            "architectures": ["ModernBertForMaskedLM"],
+            "hidden_size": 768,
+            "intermediate_size": 1152,
+            "vocab_size": 50368,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 12,
+        },
+        149_655_232,
+    ),
     "roberta-base": (
         "roberta",
         _bert("RobertaForMaskedLM", 50265, max_position_embeddings=514, type_vocab_size=1),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from kdscale.errors import CheckpointError
 from kdscale.models.parameter_map import ParameterRange, ParameterReader, trained_tensors
@@ -34,6 +34,22 @@ def test_every_tensor_is_its_range_of_the_models_parameter(tmp_path: Path, model
         values = torch.empty(reader.numel(name) - 3)
         reader.fill(name, 2, values)  # across the borders of the tensors on disk
         assert torch.equal(values, parameter.detach().reshape(-1)[2:-1]), name
+
+
+def test_a_tied_parameter_that_the_model_calls_by_its_heads_name_is_the_embedding(tmp_path: Path) -> None:
+    """As XLM-R's: what is trained under that name goes into the embedding's tensor."""
+    folder = save_teacher("xlm-roberta", tmp_path / "teacher")
+    model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
+    head, source = "lm_head.decoder.weight", Checkpoint.open(folder)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert head in shapes
+    trained = trained_tensors(source, shapes, {})
+    assert trained.keys() == set(source.names)
+    assert trained["roberta.embeddings.word_embeddings.weight"] == ParameterRange(head, 0, 64 * 32)
+    values, reader = torch.empty(64 * 32), ParameterReader.open(folder)
+    assert reader.numel(head) == values.numel()
+    reader.fill(head, 0, values)
+    assert torch.equal(values, model.lm_head.decoder.weight.detach().flatten())
 
 
 @pytest.fixture

@@ -145,6 +145,26 @@ def test_angular_drops_the_block_with_the_least_angle(drop, seed):
     assert 0 <= ranking.retained("layers", layers=kept, count=len(kept)) <= 1
 
 
+@pytest.mark.parametrize(
+    ("method", "score"),
+    [
+        ("spread", None),
+        ("last", None),
+        ("block_influence", [0.1, *range(1, 6)]),
+        ("angular", np.arange(42.0).reshape(6, 7)),
+    ],
+)
+def test_a_first_layer_that_no_other_can_stand_for_stays(method, score):
+    cfg = PruneConfig(layers=1, layer_method=method)
+    dims = Dims(hidden=8, ffn=8, heads=2, kv_heads=1, head_dim=4, layers=6, vocab=10)
+    scores = None if score is None else {f"layers.{method}": np.array(score)}
+    kept = {n: Ranking(dims, scores, cfg, ("layers",), keeps_first=True).layers(n) for n in range(1, 6)}
+    assert all(len(layers) == n and layers[0] == 0 for n, layers in kept.items())
+    assert kept[1] == [0]
+    free = Ranking(dims, scores, cfg, ("layers",)).layers(1)
+    assert free != [0]  # which the scores, or the place, would have dropped
+
+
 def test_angular_knows_contiguous_blocks_only():
     with pytest.raises(ValueError, match="contiguous"):
         PruneConfig(layers=4, layer_method="angular", contiguous_layers=False)
