@@ -35,7 +35,7 @@ def model_sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
         "non_embedding_parameters": total - outer,
         "components": components,
         "weight_bytes": weight_bytes(path),
-        "kv_cache_bytes_per_token": 2 * family.attention_layers(config) * family.cached_numbers(config),
+        "kv_cache_bytes_per_token": 2 * family.cached_numbers(config),
     }
 
 

@@ -81,11 +81,12 @@ def load_family(config_dict: dict[str, Any], where: str) -> Family:
     family = Family(data, where, config_dict) if nested is None else NestedFamily(data, where, config_dict, nested)
     language = family.language(config_dict)
     for rule in data.requires:
-        if rule.field in language and language[rule.field] not in rule.one_of:
+        value = language.get(rule.field, rule.one_of[0] if rule.absent is None else rule.absent)
+        if value not in rule.one_of:
             raise CheckpointError(
                 f"{where}: {rule.field}",
                 expected=" or ".join(map(json.dumps, rule.one_of)),
-                got=repr(language[rule.field]),
+                got=repr(value) if rule.field in language else f"no such field, which stands for {value!r}",
                 hint=rule.why,
             )
     return family

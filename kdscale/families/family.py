@@ -16,11 +16,15 @@ from kdscale.families.expert_groups import expert_groups, group_violations
 from kdscale.families.kept_heads import KeptHeads
 from kdscale.families.layer_fields import (
     Config,
+    broken_constraints,
+    changed_axes,
     cut_layer_fields,
     layer_list,
     listed,
     narrowed,
+    overrides,
     products_that_differ,
+    underived_sizes,
     undivided_products,
 )
 from kdscale.families.layer_kinds import Kinds, layer_kinds, write_layer_kinds
@@ -117,11 +121,6 @@ class Family:
             names.add("kv_heads")
         return frozenset(str(name) for name in names if name in self.data.dims)
 
-    def attention_layers(self, config: Config) -> int:
-        """How many layers have attention, and so keys and values to keep: all but those of other kinds in a hybrid."""
-        by_kind = self.layers_by_kind(config)
-        return sum(count for layer, count in by_kind.items() if "kv_heads" in self.layer_axes(config, layer))
-
     def _layer_templates(self, config: Config, layer: int) -> list[TensorTemplate]:
         """The templates of one layer; those with an axis of size 0 are not there."""
         kinds, sizes = self.layer_kinds(config)[layer], self._sizes(config)
@@ -180,7 +179,7 @@ class Family:
             check_size(f"{self.where}: {self.data.dims[name].field or name}", sizes[name], LARGEST[name])
         dims = Dims(**sizes)
         check_size(f"{self.where}: layers * experts", dims.layers * dims.experts, MOST_EXPERTS)
-        if wrong := self.violations(dims) or products_that_differ(self.data, config, dims):
+        if wrong := self._broken_rules(dims) or products_that_differ(self.data, config, dims):
             raise CheckpointError(f"{self.where}: the sizes do not fit together", got="; ".join(wrong))
         return dims
 
@@ -220,21 +219,14 @@ class Family:
         raise CheckpointError(f"{self.where}: {name}", expected="as many layers as are listed", got=got)
 
     def violations(self, dims: Dims) -> list[str]:
-        """One sentence for each rule of the family that `dims` breaks; empty when such a model can be built."""
-        sizes, out = asdict(dims) | self.fixed_sizes, list[str]()
-        for rule in self._rules:
-            if rule.by is not None and sizes[rule.dim] % (sizes[rule.by] or 1):
-                out.append(
-                    f"{rule.dim} ({sizes[rule.dim]}) is not a multiple of {rule.by} ({sizes[rule.by]}): {rule.why}"
-                )
-            if rule.equals is not None and sizes[rule.dim] != dims.axis_size(rule.equals):
-                product = f"{rule.equals} ({dims.axis_size(rule.equals)})"
-                out.append(f"{rule.dim} ({sizes[rule.dim]}) is not {product}: {rule.why}")
-        for name, field in self.data.dims.items():
-            if field.always is not None and sizes[name] != evaluate(field.always, sizes):
-                derived = f"{field.always} ({evaluate(field.always, sizes)})"
-                out.append(f"{name} ({sizes[name]}) is not {derived}: the family's config has no field for it")
-        out += undivided_products(self.data, dims)
+        """One sentence for each rule of the family that `dims` breaks; empty when such a student can be built."""
+        fixed = changed_axes(self.data, dims, self.dims(self._config)) if self.data.uncut else []
+        return self._broken_rules(dims) + fixed
+
+    def _broken_rules(self, dims: Dims) -> list[str]:
+        """The rules that any model of the family is held to."""
+        out = broken_constraints(self._rules, dims, self.fixed_sizes)
+        out += underived_sizes(self.data, dims, self.fixed_sizes) + undivided_products(self.data, dims)
         if dims.experts < (chosen := self.experts_per_token):
             out.append(f"experts ({dims.experts}) are fewer than the {chosen} that each token is routed to")
         out += group_violations(self.data.expert_groups, self.expert_groups, dims.experts, chosen)
@@ -276,6 +268,8 @@ class Family:
     def fixed_size(self, name: str, config: Config) -> int:
         """One of the family file's `sizes`, e.g. `positions`. Raises CheckpointError when it is no positive integer."""
         size = self.data.sizes[name]
+        if size.of_layers is not None and (said := overrides(self.data, config, self.where)):
+            return self._size(DimField(field=size.of_layers, absent=size.absent), said, {})
         if size.field is None:
             parts = (DimField(field=field, absent=absent) for field, absent in size.sum.items())
             return sum(self._size(part, config, {}) for part in parts)
@@ -324,8 +318,13 @@ class Family:
         return weight.T if self.transposed(role) else weight
 
     def cached_numbers(self, config: Config) -> int:
-        """How many numbers of a token a layer keeps for the tokens after it."""
-        return axis_size(self.data.cached, self._sizes(config))
+        """How many numbers of a token all layers together keep for the tokens after it."""
+        kinds, sizes = self.layer_kinds(config), self._sizes(config)
+        attending = {
+            layer: count for layer, count in self.layers_by_kind(config).items()
+            if "kv_heads" in self.layer_axes(config, layer)
+        }  # fmt: skip
+        return sum(axis_size(self.data.cached_of(kinds[layer]), sizes) * n for layer, n in attending.items())
 
     # -- figures -------------------------------------------------------------------------------------------------------
 

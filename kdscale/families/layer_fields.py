@@ -4,12 +4,13 @@ student's say."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from kdscale.errors import CheckpointError
+from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families.dims import Dims
 from kdscale.families.limits import LARGEST
-from kdscale.families.schema import FamilyData, LayerList, Narrowed, ProductField
+from kdscale.families.schema import Constraint, FamilyData, LayerList, Narrowed, ProductField, evaluate
 
 Config = Mapping[str, Any]
 
@@ -43,6 +44,38 @@ def products_that_differ(data: FamilyData, config: Config, dims: Dims) -> list[s
     ]
 
 
+def broken_constraints(rules: Sequence[Constraint], dims: Dims, fixed: Mapping[str, int]) -> list[str]:
+    """One sentence for each of these rules that sizes break; `fixed` are those that never change."""
+    sizes, out = asdict(dims) | dict(fixed), list[str]()
+    for rule in rules:
+        if rule.by is not None and sizes[rule.dim] % (sizes[rule.by] or 1):
+            out.append(f"{rule.dim} ({sizes[rule.dim]}) is not a multiple of {rule.by} ({sizes[rule.by]}): {rule.why}")
+        if rule.equals is not None and sizes[rule.dim] != dims.axis_size(rule.equals):
+            product = f"{rule.equals} ({dims.axis_size(rule.equals)})"
+            out.append(f"{rule.dim} ({sizes[rule.dim]}) is not {product}: {rule.why}")
+    return out
+
+
+def underived_sizes(data: FamilyData, dims: Dims, fixed: Mapping[str, int]) -> list[str]:
+    """One sentence for each size without a config field that is not what the others make it."""
+    sizes = asdict(dims) | dict(fixed)
+    derived = {name: field.always for name, field in data.dims.items() if field.always is not None}
+    return [
+        f"{name} ({sizes[name]}) is not {rule} ({evaluate(rule, sizes)}): the family's config has no field for it"
+        for name, rule in derived.items()
+        if sizes[name] != evaluate(rule, sizes)
+    ]
+
+
+def changed_axes(data: FamilyData, dims: Dims, teacher: Dims) -> list[str]:
+    """One sentence for each axis that has another size than the teacher's, and that the family does not cut."""
+    return [
+        f"{axis} ({getattr(dims, axis)}) is not the teacher's {getattr(teacher, axis)}: {why}"
+        for axis, why in data.uncut.items()
+        if getattr(dims, axis) != getattr(teacher, axis)
+    ]
+
+
 def undivided_products(data: FamilyData, dims: Dims) -> list[str]:
     """One sentence for each field of products for which the dimension `over` does not divide the product."""
     fields = [(product, product.over) for product in data.products if product.over is not None]
@@ -61,10 +94,25 @@ def layer_list(entry: LayerList, config: Config, layers: int, where: str) -> lis
         every = config.get(rule.every_field, rule.every) if rule.every_field else rule.every
         if not isinstance(every, int) or every < 1:
             raise CheckpointError(f"{where}: {rule.every_field}", expected="a positive integer", got=repr(every))
-        return rule.entries(layers, every)
+        values = rule.entries(layers, every)
     if values is not None and (not isinstance(values, list) or len(values) < layers):
         raise CheckpointError(f"{where}: {entry.field}", expected=f"a list of {layers} entries", got=repr(values))
-    return values
+    return values if values is None or entry.last is None else [*values[: layers - 1], entry.last]
+
+
+def overrides(data: FamilyData, config: Config, where: str) -> dict[str, Any]:
+    """What some layers have otherwise, the same in all of them; empty where the config says nothing of single layers.
+
+    Raises CheckpointError where they differ among each other.
+    """
+    of_layers = None if data.layer_overrides is None else config.get(data.layer_overrides)
+    if of_layers is None:
+        return {}
+    entries: list[Any] = list(of_layers.values()) if isinstance(of_layers, dict) else [None]
+    if not all(isinstance(entry, dict) and entry == entries[0] for entry in entries):
+        expected = "layer numbers, each with the same fields and values"
+        raise CheckpointError(f"{where}: {data.layer_overrides}", expected=expected, got=repr(of_layers)[:200])
+    return dict(entries[0]) if entries else {}
 
 
 def listed(entry: LayerList, config: Config, where: str) -> Any:
@@ -85,10 +133,18 @@ def cut_layer_fields(
     for entry in data.layer_lists:
         values = layer_list(entry, config, layers, where)
         if values is not None:
+            if entry.last not in (None, values[kept[-1]]):
+                raise ConfigError(
+                    f"no {data.name} model ends with layer {kept[-1]}", expected=f"a last layer of {entry.last}",
+                    got=str(values[kept[-1]]), hint=f"keep the last layer ({layers - 1})",
+                )  # fmt: skip
             student[entry.field] = [values[i] for i in kept]
             if entry.letters is not None:
                 student.pop(entry.letters.field, None)
             _drop_stale_interval(entry, student, where)
+    if data.layer_overrides is not None and isinstance(said := config.get(data.layer_overrides), dict):
+        places = {str(layer): str(place) for place, layer in enumerate(kept)}
+        student[data.layer_overrides] = {places[i]: value for i, value in said.items() if i in places}
     for boundary in data.layer_boundaries:
         border = config.get(boundary.field, boundary.absent)
         if type(border) is not int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kdscale.errors import DataError
 from kdscale.families import Family, Sites, TensorSpec
+from kdscale.families.cuttable import ending_well
 from kdscale.models.attention import attend_within_documents, to_attention
 from kdscale.models.head import OutputHead, encoder_parts, head_of, logit_scale, without_cache
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
@@ -238,15 +239,16 @@ class LayerStream:
         from accelerate import init_empty_weights
         from transformers.initialization import no_init_weights
 
-        # transformers would make another layer of one that comes first: it is built behind the first one
-        built = [0, index] if index and self.family.data.first_layer_differs else [index]
+        # transformers would make another layer of one that comes first, or last: it is built between those that do
+        first = [0] if self.family.data.first_layer_differs else []
+        built = list(dict.fromkeys([*first, index, *ending_well(self.family, self.config, [index])]))
         student = self.family.student_config(self.config, self.dims.replace(layers=len(built)), built)
         config = self.family.language(student)
         with explain_library_errors(self.family.where), init_empty_weights(include_buffers=False), no_init_weights():
             model: nn.Module = auto_class(config).from_config(built_config(config), dtype=self.dtype)
         if len(built) > 1:
-            layers = model.get_submodule(self.family.sites.layers)
-            replace_module(model, self.family.sites.layers, nn.ModuleList(list(layers.children())[-1:]))
+            layers = list(model.get_submodule(self.family.sites.layers).children())
+            replace_module(model, self.family.sites.layers, nn.ModuleList([layers[built.index(index)]]))
         attend_within_documents(model)
         return model.eval().requires_grad_(False)
 

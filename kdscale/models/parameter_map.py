@@ -114,7 +114,9 @@ class ParameterReader:
     def __init__(self, checkpoint: Checkpoint, family: Family):
         self.checkpoint, self.family = checkpoint, family
         self._tensors: dict[str, dict[str, ParameterRange]] = {}
-        specs = {name: spec for name, spec in family.tensors(checkpoint.config).items() if not spec.buffer}
+        every = family.tensors(checkpoint.config)
+        self._buffers = {name: spec.parameter for name, spec in every.items() if spec.buffer}
+        specs = {name: spec for name, spec in every.items() if not spec.buffer}
         for name, span in parameter_ranges(specs).items():
             self._tensors.setdefault(span.name, {})[name] = span
         tied = family.tied(checkpoint.config)
@@ -135,6 +137,10 @@ class ParameterReader:
     def names(self) -> set[str]:
         """The parameters that are on disk."""
         return set(self._tensors)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Those that are stored, by their names in the model: read now, for they are small."""
+        return {buffer: self.checkpoint.tensor(name) for name, buffer in self._buffers.items()}
 
     def linear_maps(self) -> dict[str, torch.dtype]:
         """The weights of the linear maps within layers, and the dtype of each on disk."""

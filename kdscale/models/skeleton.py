@@ -1,6 +1,7 @@
 """A transformers model without its weights, for a process that keeps only a part of them.
 
-The module tree is real, its buffers too (computed as the constructor does it, rotary frequencies in fp32); its
+The module tree is real, its buffers too (read where they are stored, else computed as the constructor does it, rotary
+frequencies in fp32); its
 parameters are on the meta device, and a ParameterReader reads any range of any of them.
 """
 
@@ -36,6 +37,10 @@ def build_skeleton(weights: ParameterReader, *, dtype: torch.dtype, trust_remote
             expected=f"every parameter in the checkpoint and in {str(dtype).removeprefix('torch.')}",
             got=", ".join(wrong[:8]) or "modules that transformers keeps in float32",
         )
+    stored, buffers = weights.buffers(), dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in stored.items():
+            buffers[name].copy_(value)
     return model.eval()
 
 

@@ -1,4 +1,5 @@
-"""What the settings of `prune` mean for an encoder, whose stream goes through a norm after every sublayer (BERT)."""
+"""What the settings of `prune` mean for an encoder, whose stream goes through a norm after every sublayer (BERT), and
+for families with axes that cannot be cut or layers that scale all that they put out (Gemma 4)."""
 
 from __future__ import annotations
 
@@ -11,14 +12,16 @@ _OF_NEXT_TOKENS = ("one_by_one", "loss")
 
 
 def settled(cfg: PruneConfig, family: Family) -> PruneConfig:
-    """The settings with what `auto` stands for in an encoder; those of a decoder as they are.
+    """The settings with what `auto` stands for in this family; those of most decoders as they are.
 
-    Dropped layers are chosen by their place (DistilBERT took every second one) unless `layer_method` says otherwise,
-    gaps are not repaired, and candidates are compared by prediction alone. Raises ConfigError for a setting that asks
-    for something else.
+    Gaps are not repaired where a layer scales its input too: no projection can give what a dropped one gave.
+
+    In an encoder dropped layers are chosen by their place (DistilBERT took every second one) unless `layer_method` says
+    otherwise, gaps are not repaired, and candidates are compared by prediction alone. Raises ConfigError for a setting
+    that asks for something else.
     """
     if not family.is_encoder:
-        return cfg
+        return _settled_decoder(cfg, family)
     if cfg.layer_method in _OF_NEXT_TOKENS:
         raise ConfigError(
             f"prune.layer_method: {cfg.layer_method}", expected="spread, block_influence, angular or last",
@@ -38,3 +41,19 @@ def settled(cfg: PruneConfig, family: Family) -> PruneConfig:
     if cfg.layer_method == "auto" and not cfg.contiguous_layers:
         changes["layer_method"] = "spread"
     return cfg.model_copy(update=changes)
+
+
+def _settled_decoder(cfg: PruneConfig, family: Family) -> PruneConfig:
+    if fixed := [axis for axis in cfg.axes if axis in family.data.uncut]:
+        raise ConfigError(
+            "prune.axes", expected=f"axes that can be cut in {family.name}", got=fixed[0],
+            hint=f"leave {fixed[0]} out: {family.data.uncut[fixed[0]]}",
+        )  # fmt: skip
+    if not any(template.role == "layer_scale" for template in family.data.tensors):
+        return cfg
+    if cfg.layer_repair == "linear":
+        raise ConfigError(
+            "prune.layer_repair: linear", expected="layers that only add to their input",
+            got=f"those of {family.name}, which scale it too", hint="leave layer_repair out",
+        )  # fmt: skip
+    return cfg.model_copy(update={"layer_repair": "none"})

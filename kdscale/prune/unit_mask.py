@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -121,10 +122,11 @@ class UnitMask:
         if axis == "hidden":
             return self.hidden_D
         units, *wide = axis.split("*")
-        kept_U, teacher = self._kept_units(units, position), self._plan.teacher
+        kept_U, teacher = self._kept_units(units, position), self._plan.teacher.dims()
         if wide == ["ssm_head_dim"]:
             return (kept_U[:, None] * self._kept_units(wide[0], position)).flatten()
-        return kept_U.repeat_interleave(getattr(teacher, wide[0])) if wide else kept_U
+        sizes = asdict(teacher) | self._family.fixed_sizes
+        return kept_U.repeat_interleave(sizes[wide[0]]) if wide else kept_U
 
     def _kept_units(self, axis: str, position: int) -> Tensor:
         return self._indicator(self._plan.kept.units(axis, position), getattr(self._plan.teacher, axis))

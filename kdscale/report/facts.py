@@ -78,7 +78,9 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "bias": bias(run_dir / BIAS.path, ((config or {}).get("bias") or {}).get("fail_if")),
         "shape": _shape(plan) if plan else None,
         "components": components,
-        "expected": pruning_facts.expected(plan, components) if plan else None,
+        "expected": pruning_facts.expected(plan, components, pruning_facts.kv_bytes(plan, run_dir / "pruned"))
+        if plan
+        else None,
         "cumulative": pruning_facts.cumulative(plan, importance) if plan and importance else None,
         "repair": pruning_facts.repair(run_dir),
         "perplexity": pruning_facts.perplexity(plan, evaluation),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,9 @@ from kdscale.runs.folder import METRICS
 from kdscale.runs.importance_scores import NOTICES_FILE, SCORES_FILE, SUMMARY_FILE, load_scores
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.sizing.capacity import Capacity
-from kdscale.sizing.model_shape import kv_bytes_per_token
+
+if TYPE_CHECKING:
+    from kdscale.families import Family
 
 _CURVE_POINTS = 48
 _MOST_NATS = 700.0  # of a loss whose exponential is still a number
@@ -37,21 +39,16 @@ def components(plan: Mapping[str, Any], pruned: Path) -> list[dict[str, Any]] | 
     The student's are read from its headers. The teacher's are computed: the family's tensors for the student's config
     with the teacher's sizes put back, in the student's dtypes, which pruning does not change.
     """
-    if not (pruned / "config.json").exists():
-        return None
-    from kdscale.families import Dims, load_family
     from kdscale.weights import Checkpoint
 
+    models = _models(plan, pruned)
+    if models is None:
+        return None
+    family, configs = models
     student = Checkpoint.open(pruned)
-    family = load_family(student.config, str(pruned / "config.json"))
-    listed = any(rule.field is not None for rule in family.data.layer_kinds)
-    if listed and plan["teacher"]["layers"] > plan["student"]["layers"]:
-        return None  # the student's config does not say of which kinds the dropped layers were
-    sizes_then = {name: size for name, size in plan["teacher"].items() if name in Dims.__dataclass_fields__}
-    teacher_config = family.with_sizes(student.config, Dims(**sizes_then))
     sizes: dict[str, dict[str, dict[str, int]]] = {}
     itemsize: dict[str, int] = {}
-    for who, config in (("student", student.config), ("teacher", teacher_config)):
+    for who, config in configs.items():
         for name, spec in family.tensors(config).items():
             if who == "student":
                 itemsize[spec.role] = student.itemsize(name)
@@ -60,6 +57,28 @@ def components(plan: Mapping[str, Any], pruned: Path) -> list[dict[str, Any]] | 
             size["parameters"] += count
             size["bytes"] += count * itemsize[spec.role]
     return [{"component": key, "title": title, **sizes[key]} for key, title in COMPONENTS.items() if key in sizes]
+
+
+def kv_bytes(plan: Mapping[str, Any], pruned: Path) -> dict[str, int] | None:
+    """Bytes that the 16-bit cache of one token takes over all layers, of teacher and student; None as `components`."""
+    models = _models(plan, pruned)
+    return models and {who: 2 * models[0].cached_numbers(config) for who, config in models[1].items()}
+
+
+def _models(plan: Mapping[str, Any], pruned: Path) -> tuple[Family, dict[str, dict[str, Any]]] | None:
+    """The family, and the configs of student and teacher: the student's with the teacher's sizes put back."""
+    if not (pruned / "config.json").exists():
+        return None
+    from kdscale.families import Dims, load_family
+    from kdscale.weights import read_config
+
+    student = read_config(pruned)
+    family = load_family(student, str(pruned / "config.json"))
+    listed = any(rule.field is not None for rule in family.data.layer_kinds)
+    if listed and plan["teacher"]["layers"] > plan["student"]["layers"]:
+        return None  # the student's config does not say of which kinds the dropped layers were
+    sizes_then = {name: size for name, size in plan["teacher"].items() if name in Dims.__dataclass_fields__}
+    return family, {"student": student, "teacher": family.with_sizes(student, Dims(**sizes_then))}
 
 
 def importance(folder: Path) -> dict[str, Any] | None:
@@ -119,7 +138,9 @@ def repair(run_dir: Path) -> dict[str, Any] | None:
     return errors if errors and errors["layers"] else None
 
 
-def expected(plan: Mapping[str, Any], components: list[dict[str, Any]] | None) -> dict[str, Any]:
+def expected(
+    plan: Mapping[str, Any], components: list[dict[str, Any]] | None, kv: dict[str, int] | None
+) -> dict[str, Any]:
     """Memory and speed by arithmetic: what a memory-bound decode and a compute-bound prefill would gain.
 
     One token of decode reads every weight once, but of an untied embedding only a row. Prefill does two operations per
@@ -127,8 +148,7 @@ def expected(plan: Mapping[str, Any], components: list[dict[str, Any]] | None) -
     """
     shapes = {who: plan[who] for who in ("teacher", "student")}
     out: dict[str, Any] = {"context_tokens": _CONTEXT_TOKENS}
-    if all(plan["kept"]["kv_heads"]):  # a plan does not say how many layers of a hybrid teacher have attention
-        kv = {who: kv_bytes_per_token(s["layers"], s["kv_heads"], s["head_dim"]) for who, s in shapes.items()}
+    if kv is not None:
         out["kv_bytes_per_token"] = kv
         out["kv_bytes"] = {who: value * _CONTEXT_TOKENS for who, value in kv.items()}
     timed = plan["candidates"][0].get("decode_ms")

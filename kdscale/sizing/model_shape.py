@@ -8,25 +8,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from kdscale.families import Family, load_family
+from kdscale.families.schema import axis_size
 from kdscale.families.windows import attention_windows
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-_Number = TypeVar("_Number", int, "NDArray[np.int64]")
-
-
-def kv_bytes_per_token(layers: _Number, kv_heads: _Number, head_dim: int) -> _Number:
-    """Bytes of the keys and values of one token of context, all layers, full attention.
-
-    In 16 bits, as a server keeps them, whatever dtype the model runs in.
-    """
-    return 2 * 2 * layers * kv_heads * head_dim
+from kdscale.families.writers import layer_writers
 
 
 @dataclass(frozen=True)
@@ -49,7 +37,7 @@ class ModelShape:
     ffn: int  # in a mixture of the experts that a token goes to, or of a layer without experts where that is more
 
     heads: int
-    head_dim: int
+    head_dim: int  # the widest, where layers differ
     kv_heads: int
     vocab: int
     tied: bool
@@ -65,12 +53,14 @@ class ModelShape:
     def of(cls, config: Mapping[str, Any], family: Family) -> ModelShape:
         """Exact where the family's file is. Raises CheckpointError for a config the family refuses."""
         dims, count = family.dims(config), family.count_params(config)
-        sizes, roles, axes = [], set[str](), set[str]()
+        sizes, roles, axes, widths = [], set[str](), set[str](), [dims.head_dim]
         for layer in family.layers_by_kind(config):
             specs = family.layer_tensors(config, layer).values()
             sizes.append(sum(math.prod(spec.shape) for spec in specs))
             roles |= {spec.role for spec in specs}
             axes |= family.layer_axes(config, layer)
+            if (attention := layer_writers(family, config, layer).get("o")) is not None:
+                widths.append(axis_size(attention.axis, asdict(dims) | family.fixed_sizes) // dims.heads)
         windows = attention_windows(family, config)
         attends = ["kv_heads" in family.layer_axes(config, layer) for layer in range(dims.layers)]
         matrices = [
@@ -87,7 +77,7 @@ class ModelShape:
             hidden=dims.hidden,
             ffn=max(dims.ffn * used + dims.shared_ffn, dims.dense_ffn if "dense_ffn" in axes else 0),
             heads=dims.heads,
-            head_dim=dims.head_dim,
+            head_dim=max(widths),
             kv_heads=dims.kv_heads,
             vocab=dims.vocab,
             tied=bool(family.tied(config)),

@@ -71,13 +71,15 @@ class SizeField(Strict):
 
     Either one field with what is taken when it is absent, or the sum of several. `optional`: it may be 0 or null, and
     then it counts as 0, and tensors with it are not there. `begins_after`: a config field whose value is the last row
-    that stands for no position of a text (padding's row).
+    that stands for no position of a text (padding's row). `of_layers`: its name in the entries of the family's
+    `layer_overrides`, where newer configs say it.
     """
 
     field: Name | None = None
     absent: int | None = None
     sum: dict[Name, int] = Field(default={})
     optional: bool = False
+    of_layers: Name | None = None
     begins_after: Name | None = None
 
     @model_validator(mode="after")
@@ -113,7 +115,7 @@ class Constraint(Strict):
     """
 
     dim: DimName
-    by: DimName | None = None
+    by: Name | None = None
     equals: Axis | None = None
     when_present: tuple[Name, ...] = Field(strict=False, default=())
     why: Name
@@ -130,10 +132,14 @@ class Constraint(Strict):
 
 
 class Requirement(Strict):
-    """A config field whose other values make a model that this file does not describe. Absent is fine."""
+    """A config field whose other values make a model that this file does not describe.
+
+    Absent is fine, unless `absent` is what transformers takes then.
+    """
 
     field: Name
     one_of: tuple[Any, ...] = Field(strict=False, min_length=1)
+    absent: Any = None
     why: Name
 
 
@@ -188,13 +194,15 @@ class LayerList(Strict):
     """A config list with one entry per layer. Without `absent` there is nothing to cut when the field is absent.
 
     `said_too` are fields that give the interval of the list a second time, for older readers. `letters`: a text that
-    says it where the list is absent; a student whose layers are cut has the list instead.
+    says it where the list is absent; a student whose layers are cut has the list instead. `last`: what transformers
+    makes the last entry, whatever the config says, so that no student ends with a layer of another kind.
     """
 
     field: Name
     absent: Pattern | None = None
     said_too: tuple[Name, ...] = Field(strict=False, default=())
     letters: Letters | None = None
+    last: Name | None = None
 
 
 class LayerBoundary(Strict):

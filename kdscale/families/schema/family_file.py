@@ -50,6 +50,7 @@ class FamilyData(Strict):
     # of encoders, whose positions see those after them too: what stands on each architecture; empty: a causal LM
     heads: dict[Name, Literal["masked_lm", "none"]] = Field(default={})
     dims: dict[DimName, DimField]
+    uncut: dict[DimName, Name] = Field(default={})  # axes that no student has fewer of, and why
     sizes: dict[Name, SizeField] = Field(default={})
     products: tuple[ProductField, ...] = Field(strict=False, default=())
     experts_per_token: DimField | None = None
@@ -59,10 +60,12 @@ class FamilyData(Strict):
     constraints: tuple[Constraint, ...] = Field(strict=False)
     layer_lists: tuple[LayerList, ...] = Field(strict=False)
     layer_boundaries: tuple[LayerBoundary, ...] = Field(strict=False)
+    layer_overrides: Name | None = None  # config field: what some layers have otherwise, by their numbers
     layer_kinds: tuple[LayerKinds, ...] = Field(strict=False, default=())  # without it all layers are of one kind
     window: Window | None = None  # without it attention reaches back to the document's first token
     norm: Norm = Norm()
     cached: Axis = "2*kv_heads*head_dim"  # numbers of a token that a layer keeps for those after it
+    cached_in: dict[Name, Axis] = Field(default={})  # the same in layers of a kind that keeps others
     # what the model multiplies its embeddings by, where that follows from the config's sizes and changes with them
     embed_multiplier: Literal["sqrt_hidden"] | None = None
     gguf: Gguf | None = None  # without it no GGUF file is written
@@ -84,12 +87,16 @@ class FamilyData(Strict):
         """The sites of a layer of these kinds."""
         return self.sites.of_kinds(sites for kind, sites in self.sites_in.items() if kind in kinds)
 
+    def cached_of(self, kinds: Collection[str]) -> str:
+        """The axis of the numbers of a token that a layer of these kinds keeps."""
+        return next((axis for kind, axis in self.cached_in.items() if kind in kinds), self.cached)
+
     @model_validator(mode="after")
     def _kinds_agree(self) -> FamilyData:
         known = [name for rule in self.layer_kinds for name in rule.names]
-        used = {*self.sites_in, *(kind for t in self.tensors for kind in t.only_in)}
+        used = {*self.sites_in, *self.cached_in, *(kind for t in self.tensors for kind in t.only_in)}
         if len(set(known)) < len(known) or used - set(known):
-            raise ValueError(f"layer_kinds gives {known} but tensors and sites_in use {sorted(used)}")
+            raise ValueError(f"layer_kinds gives {known} but tensors, sites_in and cached_in use {sorted(used)}")
         listed = {rule.field for rule in self.layer_kinds if rule.field is not None}
         if self.chosen is not None and self.chosen.entry is not None:
             listed.add(self.chosen.field)
@@ -184,8 +191,12 @@ class FamilyData(Strict):
         known = {*self.dims, *self.sizes}
         axes = [axis for t in self.tensors for axis in t.axes] + [c.equals for c in self.constraints if c.equals]
         axes += [product.equals for product in self.products]
-        axes.append(self.cached)
+        axes += [self.cached, *self.cached_in.values()]
         fields = [*self.dims.values(), *([self.experts_per_token] if self.experts_per_token else [])]
+        if loose_rules := [rule.by for rule in self.constraints if rule.by is not None and rule.by not in known]:
+            raise ValueError(f"constraints: {loose_rules[0]!r} is neither in dims nor in sizes")
+        if any(size.of_layers for size in self.sizes.values()) and self.layer_overrides is None:
+            raise ValueError("sizes: of_layers needs layer_overrides")
         axes_of = [text for f in fields for text in (f.absent, f.null, f.always) if isinstance(text, str)]
         named = {name for text in axes_of for name in expression_names(text)}
         if named - known:
@@ -199,6 +210,7 @@ class FamilyData(Strict):
             firsts = {block[0] for block in axis_blocks(axis)} - {groups}
             if loose := sorted(str(first) for first in firsts if (first, groups) not in multiples):
                 raise ValueError(f"axes: {axis!r} needs a constraint that {loose[0]} is a multiple of {groups}")
+        named |= {rule.by for rule in self.constraints if rule.by is not None}
         unused = set(self.sizes) - named - {f for axis in axes for block in axis_blocks(axis) for f in block}
         if unused:
             raise ValueError(f"sizes {sorted(unused)} are not used by any tensor")

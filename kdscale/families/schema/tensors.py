@@ -33,6 +33,7 @@ _ROLES_OF: dict[Component, tuple[str, ...]] = {
         *(f"{part}{kind}" for part in _MAPS for kind in ("", "_bias")),
         *("router", "router_bias", "router_correction"),
         "shared_share",  # how much of the expert that every token goes to is added
+        "layer_scale",  # what a layer multiplies all that it puts out by, its input too
         *(f"act_{constant}" for constant in ("alpha_p", "alpha_n", "beta", "eps")),  # of an activation that has weights
     ),
     "norm": (*_NORMS, *(f"{norm}_bias" for norm in _NORMS if norm not in _NORMS_WITHOUT_BIAS)),

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kdscale.families import Dims, Family
+from kdscale.families.cuttable import ending_well
 from kdscale.families.dims import SHAPE_AXES
 from kdscale.weights import Checkpoint
 
@@ -78,7 +79,8 @@ def typical_cuts(
 def _row(
     title: str, family: Family, config: dict[str, Any], teacher: Dims, dims: Dims, carried: CarriedParameters
 ) -> dict[str, Any]:
-    count = family.count_params(family.student_config(config, dims, range(dims.layers)))
+    kept = ending_well(family, config, range(dims.layers))
+    count = family.count_params(family.student_config(config, dims, kept))
     total = count.total + carried(dims)
     changed = {axis: size for axis, size in asdict(dims).items() if size != getattr(teacher, axis)}
     return {

@@ -69,14 +69,16 @@ class Ranking:
         layer_axes: Sequence[frozenset[str]] | None = None,
         expert_groups: int = 1,
         keeps_first: bool = False,
+        may_end: Sequence[bool] | None = None,
     ):
         """`needed`: axes that may be cut. `layer_axes`: those that each layer has, by default all of them.
         `expert_groups`: of which each keeps as many experts as any other. `keeps_first`: no student lacks layer 0.
+        `may_end`: of each layer, whether a student may end with it; by default with any.
 
         Raises ConfigError when a score they need is missing or malformed.
         """
         self.dims, self.cfg, self.has_scores, self._layer_axes = dims, cfg, scores is not None, layer_axes
-        self._expert_groups, self._keeps_first = expert_groups, keeps_first
+        self._expert_groups, self._keeps_first, self._may_end = expert_groups, keeps_first, may_end
         self._energy: dict[str, Floats] = {}
         blocks = cfg.criterion("layers").scores_blocks
         shapes = {
@@ -128,21 +130,29 @@ class Ranking:
         return row.damage * _LEFT_BY_REPAIR if repaired else row.damage
 
     def layers(self, count: int) -> list[int]:
-        """Kept layers, at least one with attention: transformers' cache counts its tokens in such a layer.
+        """Kept layers, at least one with attention: transformers' cache counts its tokens in such a layer. The last
+        one is one that the family lets a model end with.
 
         Raises ConfigError where that would break a contiguous block.
         """
-        kept = self._best_layers(count)
-        attending = [layer for layer in range(self.dims.layers) if self.has(layer, "kv_heads")]
-        if not attending or set(kept) & set(attending):
-            return kept
+        kept, every = self._best_layers(count), range(self.dims.layers)
+        attending = [layer for layer in every if self.has(layer, "kv_heads")]
+        if attending and not set(kept) & set(attending):
+            kept = self._with_one_of(attending, kept, "one with attention")
+        if self._may_end is not None and not self._may_end[kept[-1]]:
+            last = [layer for layer in every if self._may_end[layer]][-1:]
+            kept = self._with_one_of(last, kept, f"layer {last[0]}, with which the model ends")
+        return kept
+
+    def _with_one_of(self, wanted: Sequence[int], kept: list[int], what: str) -> list[int]:
+        """`kept` with the best of the `wanted` layers in the place of the weakest."""
         if self.cfg.contiguous_layers or self.cfg.criterion("layers").scores_blocks:
             raise ConfigError(
-                "prune.layers", expected="a block of layers that leaves one with attention",
+                "prune.layers", expected=f"a block of layers that leaves {what}",
                 got=f"only layers {', '.join(map(str, kept))} stay", hint="keep more layers, or not contiguous ones",
             )  # fmt: skip
         scores = self._energy.get("layers", np.arange(self.dims.layers, dtype=np.float64))
-        weakest, best = min(kept, key=lambda layer: scores[layer]), max(attending, key=lambda layer: scores[layer])
+        weakest, best = min(kept, key=lambda layer: scores[layer]), max(wanted, key=lambda layer: scores[layer])
         return sorted({*kept, best} - {weakest})
 
     def _best_layers(self, count: int) -> list[int]:

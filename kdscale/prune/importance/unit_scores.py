@@ -51,10 +51,11 @@ def heads_activation(layer: LayerContext) -> Collector:
 
 def heads_output_energy(layer: LayerContext) -> Collector:
     """[Q]: Σ over tokens of ‖W_head · x_head‖²."""
-    group_grams, width = _group_grams(layer), layer.dims.head_dim
+    group_grams = _group_grams(layer)
 
     def energies() -> Tensor:
         gram_KGG, weight_KDG = group_grams(), _grouped_weight(layer)
+        width = weight_KDG.shape[-1] * layer.dims.kv_heads // layer.dims.heads  # not the same in all layers of Gemma 4
         # ‖W x‖² summed over tokens is the trace of W G Wᵀ; a head's own part is its diagonal block of G.
         blocks = [slice(start, start + width) for start in range(0, gram_KGG.shape[-1], width)]
         energy_PK = [((weight_KDG[..., b] @ gram_KGG[:, b, b]) * weight_KDG[..., b]).sum((1, 2)) for b in blocks]
@@ -69,7 +70,8 @@ def heads_removal_costs(layer: LayerContext) -> Collector:
 
     def costs() -> Tensor:
         with explain_singular(f"heads.obs of {layer.name}"):
-            return head_removal_costs(gram(), layer.weight("heads"), layer.ridge, dims.kv_heads, dims.head_dim)
+            weight = layer.weight("heads")
+            return head_removal_costs(gram(), weight, layer.ridge, dims.kv_heads, weight.shape[1] // dims.heads)
 
     return costs
 
@@ -150,5 +152,4 @@ def _group_grams(layer: LayerContext) -> Collector:
 
 def _grouped_weight(layer: LayerContext) -> Tensor:
     """The output projection's columns by kv group, [K, D, G] in fp64."""
-    dims, weight_DU = layer.dims, layer.weight("heads").double()
-    return weight_DU.reshape(-1, dims.kv_heads, dims.heads // dims.kv_heads * dims.head_dim).transpose(0, 1)
+    return layer.weight("heads").double().unflatten(-1, (layer.dims.kv_heads, -1)).transpose(0, 1)

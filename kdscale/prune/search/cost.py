@@ -34,6 +34,7 @@ class _Term:
     embedding: bool
     itemsize: int
     of_experts: bool
+    buffer: bool  # bytes on disk, and no parameters
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,13 @@ class CostModel:
     """Counts as functions of the shape.
 
     `layers_KL`: of how many layers of each kind a student of L layers is made, [kinds, teacher's layers + 1];
-    `attending`: the kinds with attention.
+    `cached_K`: of each kind the axis of the numbers of a token that a layer keeps; None without attention.
     """
 
     terms: tuple[_Term, ...]
     teacher: Dims
     layers_KL: NDArray[np.float64]
-    attending: tuple[int, ...]
-    cached: str  # axis: the numbers of a token that a layer keeps
+    cached_K: tuple[str | None, ...]
     fixed: Mapping[str, int]  # sizes that never change
     experts_per_token: int = 0
 
@@ -71,7 +71,7 @@ class CostModel:
         fixed = {name: getattr(dims, name) for name in NEVER_CUT} | family.fixed_sizes
         kinds = family.layer_kinds(config)
         distinct = list(dict.fromkeys(kinds))
-        sums: Counter[tuple[tuple[str, ...], int | None, bool, int, bool]] = Counter()
+        sums: Counter[tuple[tuple[str, ...], int | None, bool, int, bool, bool]] = Counter()
         for name, spec in family.tensors(dict(config)).items():
             if spec.expert:
                 continue  # experts are alike: the first stands for all
@@ -83,11 +83,14 @@ class CostModel:
                 factors = [factor for block in blocks for factor in block]
                 coefficient = math.prod(f if isinstance(f, int) else fixed.get(f, 1) for f in factors)
                 axes = [f for f in factors if isinstance(f, str) and f not in fixed]
-                key = (tuple(sorted(once + axes)), kind, spec.counts_as_embedding, bytes_each, of_experts)
+                what = (spec.counts_as_embedding, bytes_each, of_experts, spec.buffer)
+                key = (tuple(sorted(once + axes)), kind, *what)
                 sums[key] += coefficient
         terms = [
-            _Term(total if kind is None else total / kinds.count(distinct[kind]), axes, kind, embedding, width, routed)
-            for (axes, kind, embedding, width, routed), total in sums.items()
+            _Term(
+                total if kind is None else total / kinds.count(distinct[kind]), axes, kind, outer, width, routed, stored
+            )
+            for (axes, kind, outer, width, routed, stored), total in sums.items()
         ]
         shares_K1 = np.array([[kinds.count(each) / dims.layers] for each in distinct])
         layers_KL: NDArray[np.float64] = shares_K1 * np.arange(dims.layers + 1, dtype=np.float64)
@@ -95,19 +98,21 @@ class CostModel:
             for count in range(1, dims.layers + 1):
                 kept = [kinds[layer] for layer in kept_layers(count)]
                 layers_KL[:, count] = [kept.count(each) for each in distinct]
-        attending = [k for k, each in enumerate(distinct) if "kv_heads" in family.layer_axes(config, kinds.index(each))]
-        cached = family.data.cached
-        return cls(tuple(terms), dims, layers_KL, tuple(attending), cached, fixed, family.experts_per_token)
+        attends = ["kv_heads" in family.layer_axes(config, kinds.index(each)) for each in distinct]
+        cached = [family.data.cached_of(each) if has else None for each, has in zip(distinct, attends, strict=True)]
+        return cls(tuple(terms), dims, layers_KL, tuple(cached), fixed, family.experts_per_token)
 
     def params(self, shapes: Mapping[str, Ints], count: Count) -> Ints:
         """The counted parameters of each shape; `shapes[axis]` are arrays of one length (or that broadcast)."""
-        counted = [term for term in self.terms if not (term.embedding and count == "non_embedding")]
+        parameters = [term for term in self.terms if not term.buffer]
+        counted = [term for term in parameters if not (term.embedding and count == "non_embedding")]
         return self._sum(shapes, [(term, 1) for term in counted])
 
     def active(self, shapes: Mapping[str, Ints]) -> Ints:
         """Parameters that one token uses: of a mixture's experts only those that it is routed to."""
         routed = {**shapes, "experts": np.minimum(shapes["experts"], self.experts_per_token)}
-        used = [self._sum(routed if term.of_experts else shapes, [(term, 1)]) for term in self.terms]
+        parameters = [term for term in self.terms if not term.buffer]
+        used = [self._sum(routed if term.of_experts else shapes, [(term, 1)]) for term in parameters]
         return np.sum(used, axis=0, dtype=np.int64)
 
     def bytes(self, shapes: Mapping[str, Ints]) -> Ints:
@@ -116,10 +121,13 @@ class CostModel:
 
     def kv_bytes(self, shapes: Mapping[str, Ints]) -> Ints:
         """Bytes of 16-bit keys and values that one token of context costs over all layers, full attention."""
-        attending = np.rint(self.layers_KL[list(self.attending)].sum(0)).astype(np.int64)
         sizes: dict[str, Any] = {**self.fixed, **shapes}
-        per_layer: Ints = 2 * np.asarray(axis_size(self.cached, sizes))
-        return attending[shapes["layers"]] * per_layer
+        total: Ints = np.zeros_like(shapes["layers"])
+        for cached in {axis: None for axis in self.cached_K if axis is not None}:
+            kinds = [k for k, axis in enumerate(self.cached_K) if axis == cached]
+            layers = np.rint(self.layers_KL[kinds].sum(0)).astype(np.int64)
+            total = total + layers[shapes["layers"]] * 2 * np.asarray(axis_size(cached, sizes))
+        return total
 
     def _sum(self, shapes: Mapping[str, Ints], terms: list[tuple[_Term, int]]) -> Ints:
         sizes = {**shapes, **self.teacher.followers(shapes)}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdscale.families import Dims, Family
+from kdscale.families.cuttable import ending_well
 from kdscale.prune.search.latency import Timing
 
 _REPEATS, _DECODED_TOKENS = 5, 6
@@ -89,7 +90,8 @@ def _cut(config: dict[str, Any], family: Family, dims: Dims, layers: int) -> dic
     kinds = family.layer_kinds(config)
     usual = max(dict.fromkeys(kinds), key=kinds.count)
     order = sorted(range(len(kinds)), key=lambda layer: kinds[layer] != usual)
-    student = family.student_config(config, dims.replace(layers=layers), sorted(order[:layers]))
+    kept = ending_well(family, config, sorted(order[:layers]))
+    student = family.student_config(config, dims.replace(layers=layers), kept)
     return family.language(student)
 
 

@@ -34,6 +34,12 @@ MLA = {
     "q_lora_rank": 10, "kv_lora_rank": 14, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8,
     "num_key_value_heads": 4,
 }  # fmt: skip
+GEMMA4: dict[str, Any] = {
+    "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+    "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "initializer_range": 0.1,
+    "hidden_size_per_layer_input": 0, "final_logit_softcapping": 3.0,
+}  # fmt: skip
 DELTA_NET: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 8,
     "linear_conv_kernel_dim": 4, "initializer_range": 0.1,
@@ -66,6 +72,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 12},
     "gemma2": {"head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 9, "final_logit_softcapping": 3.0},
     "gemma3_text": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 9, "sliding_window_pattern": 2},
+    "gemma4_text": GEMMA4,
     "phi3": {"sliding_window": 16, "partial_rotary_factor": 0.5},
     "smollm3": {"no_rope_layer_interval": 2, "tie_word_embeddings": True},
     "ministral": {"head_dim": 12, "sliding_window": 8},
@@ -174,7 +181,8 @@ def cuts_of(family: Family) -> tuple[dict[str, int], ...]:
         cuts: tuple[dict[str, int], ...] = ({"kv_heads": 2, "layers": 2}, {"ffn": 32}, {"hidden": 24})
     else:
         cuts = CUTS if family.data.dims["head_dim"].field is not None else ({"ffn": 32, "layers": 2}, TOGETHER)
-    return (*cuts, *([only] if (only := _of_some(family)) else []))
+    cuts = (*cuts, *([only] if (only := _of_some(family)) else []))
+    return tuple({axis: size for axis, size in cut.items() if axis not in family.data.uncut} for cut in cuts)
 
 
 def cut_of_all(family: Family) -> dict[str, int]:
@@ -182,7 +190,8 @@ def cut_of_all(family: Family) -> dict[str, int]:
     together = TOGETHER if family.data.dims["head_dim"].field is None else {}
     if _own_keys(family):
         together = {"heads": 2, "kv_heads": 2}
-    return {**ALL, **together, **_of_some(family)}
+    cut = {**ALL, **together, **_of_some(family)}
+    return {axis: size for axis, size in cut.items() if axis not in family.data.uncut}
 
 
 def _of_some(family: Family) -> dict[str, int]:
@@ -230,7 +239,7 @@ def save_teacher(model_type: str, folder: Path, architecture: str | None = None,
     config = AutoConfig.for_model(**{**tiny_config(model_type, architecture), **changes})
     model = auto_class(config.to_dict()).from_config(config)
     with torch.no_grad():
-        corrections = [item for item in model.named_buffers() if item[0].endswith("bias")]
+        corrections = [item for item in model.named_buffers() if item[0].endswith(("bias", "layer_scalar"))]
         for name, value in [*model.named_parameters(), *corrections]:
             if value.ndim == 1 or name.endswith("bias"):
                 value.add_(torch.randn_like(value) * (0.3 if "bias" in name else 0.2))

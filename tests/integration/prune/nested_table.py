@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tests.integration.prune.family_table import GEMMA4
+
 TEXT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 64, "head_dim": 8, "max_position_embeddings": 128,
@@ -30,6 +32,13 @@ WHOLE: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 9},
         "vision_config": SIGLIP, "mm_tokens_per_image": 4,
+    },
+    "gemma4": {
+        "text_config": {key: value for key, value in GEMMA4.items() if key != "initializer_range"},
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 8, "patch_size": 14, "position_embedding_size": 16,
+        },
     },
     "mistral3": {
         "text_config": {"model_type": "mistral"},

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from kdscale.families import load_family
-from kdscale.sizing.model_shape import kv_bytes_per_token
 
 
 def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
@@ -35,6 +34,7 @@ _FALCON_H1 = {
     "head_dim": 64, "mamba_d_ssm": 1536, "mamba_n_heads": 24, "mamba_d_head": 64, "mamba_d_state": 128,
     "mamba_n_groups": 1,
 }  # fmt: skip
+_GEMMA_4 = {"attention_k_eq_v": True, "num_global_key_value_heads": 4, "hidden_size_per_layer_input": 0}
 _GRANITE_4 = {
     "shared_intermediate_size": 1536, "mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128,
     "layer_types": ["attention" if layer % 10 == 5 else "mamba" for layer in range(40)], "tie_word_embeddings": True,
@@ -87,7 +87,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
     "OLMoE-1B-7B": ("olmoe", _OLMOE, 6_919_161_856),
     "gpt-oss-20b": ("gpt_oss", _sizes(2880, 2880, 24, 64, 8, 201088, num_local_experts=32, **_GPT_OSS), 20_914_757_184),
     "gpt-oss-120b": ("gpt_oss", _sizes(2880, 2880, 36, 64, 8, 201088, **_GPT_OSS), 116_829_156_672),
-    "DeepSeek-V3": ("deepseek_v3", _sizes(7168, 18432, 61, 128, 128, 129280, **_V3), 671_026_419_200),
+    "DeepSeek-V3": ("deepseek_v3", _sizes(7168, 18432, 61, 128, 128, 129280, **_V3), 671_026_404_352),
     "DeepSeek-V2": ("deepseek_v2", _sizes(5120, 12288, 60, 128, 128, 102400, **_V2, **_TWO_SHARED), 235_741_434_880),
     "DeepSeek-V2-Lite": (
         "deepseek_v2",
@@ -127,6 +127,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
 ROUNDED: dict[str, tuple[str, dict[str, Any], float, float]] = {
     "GLM-4.5-Air": ("glm4_moe", _sizes(4096, 10944, 46, 96, 8, 151552, **_GLM), 106, 13),
     "Qwen3.5-35B-A3B": ("qwen3_5_moe_text", _sizes(2048, 0, 40, 16, 2, 248320), 35, 3.46),
+    "gemma-4-31B": ("gemma4_text", _sizes(5376, 21504, 60, 32, 16, 262144, head_dim=256, **_GEMMA_4), 30.7, 30.7),
     "granite-4.0-h-small": (
         "granitemoehybrid",
         _sizes(4096, 768, 40, 32, 8, 100352, num_local_experts=72, num_experts_per_tok=10, **_GRANITE_4),
@@ -181,11 +182,11 @@ def test_active_parameters_of_published_models(name: str, billions: float) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "kibibytes"), [("Llama-3.1-8B", 128), ("gpt2", 36), ("Qwen3-30B-A3B", 96), ("Mixtral-8x7B", 128)]
+    ("name", "kibibytes"),
+    [("Llama-3.1-8B", 128), ("gpt2", 36), ("Qwen3-30B-A3B", 96), ("Mixtral-8x7B", 128), ("DeepSeek-V3", 68.625)],
 )
-def test_cache_of_published_models(name: str, kibibytes: int) -> None:
-    """Two bytes a value, keys and values, all layers."""
+def test_cache_of_published_models(name: str, kibibytes: float) -> None:
+    """Two bytes a value, keys and values or what they are made from, all layers."""
     model_type, sizes, _ = PUBLISHED[name]
     config = {"model_type": model_type, **sizes}
-    dims = load_family(config, "config.json").dims(config)
-    assert kv_bytes_per_token(dims.layers, dims.kv_heads, dims.head_dim) == kibibytes * 1024
+    assert 2 * load_family(config, "config.json").cached_numbers(config) == kibibytes * 1024

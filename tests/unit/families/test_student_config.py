@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import load_family
+from kdscale.families.cuttable import ending_well, may_end
+from kdscale.prune.search.planning import make_plan
 from tests.unit.families.small_configs import small_config, transformers_config
 
 
@@ -111,3 +116,51 @@ def test_student_config_refuses_wrong_layers_and_sizes() -> None:
     broken = {**config, "layer_types": ["full_attention"]}
     with pytest.raises(CheckpointError, match="list of 3 entries"):
         family.student_config(broken, dims.replace(layers=1), [0])
+
+
+def test_a_model_whose_last_layer_transformers_chooses_ends_with_that_layer() -> None:
+    """Gemma 4: the last layer is full attention whatever the list says; newer configs number the layers that differ."""
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    overrides = {"1": {"head_dim": 20, "num_key_value_heads": 1}, "2": {"head_dim": 20, "num_key_value_heads": 1}}
+    config = small_config("gemma4_text", layer_types=types, per_layer_config=overrides, global_head_dim=999)
+    family = load_family(config, "config.json")
+    assert family.fixed_sizes == {"global_head_dim": 20, "global_kv_heads": 1}
+    assert may_end(family, config) == [False, True, True]
+    assert ending_well(family, config, [0]) == [2]
+    dims = family.dims(config).replace(layers=2)
+    student = family.student_config(config, dims, [0, 2])
+    assert student["layer_types"] == ["sliding_attention", "full_attention"]
+    assert student["per_layer_config"] == {"1": overrides["2"]}
+    with pytest.raises(ConfigError, match=r"ends with layer 0(?s:.*)keep the last layer \(2\)"):
+        family.student_config(config, dims.replace(layers=1), [0])
+    scores = {"layers.one_by_one": np.array([3.0, 1.0, 2.0])}
+    assert make_plan(config, family, scores, PruneConfig(layers=1)).kept.layers == [2]
+    uneven = {**config, "per_layer_config": {"1": {"head_dim": 20}, "2": {"head_dim": 24}}}
+    with pytest.raises(CheckpointError, match="each with the same fields and values"):
+        load_family(uneven, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("prune", "told"),
+    [
+        ({"kv_heads": 1}, r"kv_heads \(1\) is not the teacher's 2"),
+        ({"target_params": "60%", "axes": ("ffn", "kv_heads")}, "leave kv_heads out"),
+        ({"layers": 2, "layer_repair": "linear"}, "which scale it too"),
+    ],
+)
+def test_what_gemma_4_cannot_do_is_said(prune: dict[str, Any], told: str) -> None:
+    config = small_config("gemma4_text")
+    with pytest.raises(ConfigError, match=told):
+        make_plan(config, load_family(config, "config.json"), None, PruneConfig(**prune))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden_size_per_layer_input", None), ("num_kv_shared_layers", 2), ("attention_k_eq_v", False)],
+)
+def test_small_models_of_gemma_4_are_refused(field: str, value: Any) -> None:
+    """A missing field stands for what transformers takes then."""
+    config = {**small_config("gemma4_text"), field: value}
+    config = {name: given for name, given in config.items() if given is not None}
+    with pytest.raises(CheckpointError, match=field):
+        load_family(config, "config.json")
