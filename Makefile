@@ -20,7 +20,8 @@ quick demo:
 
 test:
 	@$(PYTHON) .ci/bootstrap.py $(VENV) dev
-	@$(MAKE) --no-print-directory lint types imports pytest
+	@$(MAKE) --no-print-directory lint imports
+	@$(MAKE) --no-print-directory -j 2 types pytest
 
 docs:
 	@$(PYTHON) .ci/bootstrap.py $(VENV) docs

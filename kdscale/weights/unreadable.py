@@ -11,6 +11,7 @@ from kdscale.files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of an adapter as peft saves it
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
 _CONVERT = (
     "convert it once, in a sandbox if you do not trust its author (a pickle can run code when it is opened):\n"
@@ -24,8 +25,8 @@ def no_config(folder: Path) -> CheckpointError:
     """The error for a folder without config.json; it says what the folder is where that can be seen."""
     expected, got, hint = "a folder with config.json and *.safetensors", None, None
     below = sorted(path.parent for path in (*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")))
-    if (folder / "adapter_config.json").is_file():
-        adapter = read_json(folder / "adapter_config.json", CheckpointError)
+    if (folder / ADAPTER_CONFIG).is_file():
+        adapter = read_json(folder / ADAPTER_CONFIG, CheckpointError)
         base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
         got = "an adapter" + (f" of {base}" if isinstance(base, str) else "")
         hint = "give its base model as teacher.path, and this folder in teacher.adapters"
@@ -45,7 +46,7 @@ def no_weights(folder: Path) -> CheckpointError:
     expected = f"{SINGLE_FILE}, or {INDEX_FILE} and its shards"
     tensors = [name for name in files if name.endswith(".safetensors")]
     pickles = [name for name in files if any(fnmatch.fnmatchcase(name, glob) for glob in _PICKLES)]
-    if "adapter_config.json" in files:
+    if ADAPTER_CONFIG in files:
         hint: str | None = (
             "this is an adapter: give its base model as teacher.path, and this folder in teacher.adapters"
         )

@@ -23,12 +23,13 @@ from kdscale.distill.checkpoint.rank_files import MASTER, RankFileReader
 from kdscale.errors import CheckpointError, TrainingError
 from kdscale.families import load_family
 from kdscale.families.linear_maps import AdaptedMap, adapted_maps
+from kdscale.models.lora.adapter_files import NAME_PREFIX, WEIGHTS_FILE
 from kdscale.models.lora.adapters import adapter_names, peft_config
 from kdscale.models.parameter_map import ParameterRange, parameter_ranges
 from kdscale.weights import Checkpoint, ShardWriter
+from kdscale.weights.unreadable import ADAPTER_CONFIG
 
 _BLOCK_BYTES = 1 << 26
-_PREFIX = "base_model.model."  # of peft's names
 
 
 class _Adapter(NamedTuple):
@@ -95,10 +96,10 @@ class AdaptersOnDisk:
         tensors: dict[str, Tensor] = {}
         for module in self._maps:
             for letter, values in zip("AB", self._read(reader, module), strict=True):
-                tensors[f"{_PREFIX}{module}.lora_{letter}.weight"] = values
+                tensors[f"{NAME_PREFIX}{module}.lora_{letter}.weight"] = values
         with files.atomic_dir(folder) as tmp:
-            save_file(tensors, tmp / "adapter_model.safetensors", metadata={"format": "pt"})
-            files.write_json(tmp / "adapter_config.json", _plain(peft_config(self._settings, self._maps)))
+            save_file(tensors, tmp / WEIGHTS_FILE, metadata={"format": "pt"})
+            files.write_json(tmp / ADAPTER_CONFIG, _plain(peft_config(self._settings, self._maps)))
 
 
 def write_merged(

@@ -18,6 +18,7 @@ from kdscale.families import Dims, Family, dropped_heads, load_family, nested_da
 from kdscale.jobs.inspection.cuts import what_can_be_cut
 from kdscale.weights import Checkpoint, check_tokenizer, config_on_disk, quantised_notice
 from kdscale.weights.quantised import without_quantisation
+from kdscale.weights.unreadable import ADAPTER_CONFIG
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 LANGUAGE = "language model"
@@ -38,7 +39,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         got = "a file" if path.is_file() else "no such path"
         raise ConfigError(f"{path}", expected="a model's folder, or a .gguf file", got=got)
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
         return _adapter(path)
     return _checkpoint(path)
 
@@ -135,7 +136,7 @@ def _adapter(path: Path) -> dict[str, Any]:
     from kdscale.files import read_json
     from kdscale.models.lora.adapter_files import open_adapter
 
-    config = read_json(path / "adapter_config.json", CheckpointError, expect=dict)
+    config = read_json(path / ADAPTER_CONFIG, CheckpointError, expect=dict)
     facts: dict[str, Any] = {
         "path": str(path), "kind": "adapter", "notes": [], "problems": [],
         "adapter": {"type": config.get("peft_type"), "of": config.get("base_model_name_or_path")},

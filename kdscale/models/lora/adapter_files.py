@@ -17,12 +17,11 @@ from typing import Any, Literal
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.files import read_json
 from kdscale.weights.header import TensorEntry, read_header
-from kdscale.weights.unreadable import listed
+from kdscale.weights.unreadable import ADAPTER_CONFIG, listed
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-
-_PREFIX = "base_model.model."  # of every name in the file
+WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, WEIGHTS_FILE)
+NAME_PREFIX = "base_model.model."  # of every name in the file
 _PLAIN = re.compile(r"\^?[\w.]+")  # a key of alpha_pattern that is a name, and no regular expression
 # Settings that change what the weights are, and that are not merged here: field → why.
 _REFUSED = {
@@ -80,16 +79,16 @@ def open_adapter(folder: Path) -> Adapter:
     """
     if not folder.is_dir():
         raise ConfigError("teacher.adapters", expected="a folder with " + " and ".join(ADAPTER_FILES), got=str(folder))
-    if not (folder / CONFIG_FILE).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         hint = "this is a whole model: give it as teacher.path" if (folder / "config.json").is_file() else None
-        raise CheckpointError(f"{folder / CONFIG_FILE} is missing", expected="an adapter as peft saves it", hint=hint)
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} is missing", expected="an adapter as peft saves it", hint=hint)
     if not (folder / WEIGHTS_FILE).is_file():
         hint = None
         if (folder / "adapter_model.bin").is_file():
             hint = "a pickle is never opened: load the adapter with peft and save it again with safetensors"
         raise CheckpointError(f"{folder / WEIGHTS_FILE} is missing", expected="the adapter's weights", hint=hint)
-    config = read_json(folder / CONFIG_FILE, CheckpointError, expect=dict)
-    _check_settings(config, folder / CONFIG_FILE)
+    config = read_json(folder / ADAPTER_CONFIG, CheckpointError, expect=dict)
+    _check_settings(config, folder / ADAPTER_CONFIG)
     return _sorted_out(folder, config, read_header(folder / WEIGHTS_FILE))
 
 
@@ -121,9 +120,9 @@ def _sorted_out(folder: Path, config: dict[str, Any], entries: dict[str, TensorE
         ".lora_magnitude_vector": ("linear", "magnitude"), ".lora_magnitude_vector.weight": ("linear", "magnitude"),
     }  # fmt: skip
     for name in entries:
-        plain = name.removeprefix(_PREFIX)
+        plain = name.removeprefix(NAME_PREFIX)
         suffix = next((suffix for suffix in parts if plain.endswith(suffix)), None)
-        if not name.startswith(_PREFIX) or (suffix is None and "lora_" in plain):
+        if not name.startswith(NAME_PREFIX) or (suffix is None and "lora_" in plain):
             unknown.append(name)
         elif suffix is None:
             adapter.replaced[plain.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = name
@@ -155,11 +154,11 @@ def _complete(part: LowRank, config: dict[str, Any], entries: dict[str, TensorEn
         raise CheckpointError(f"{folder / WEIGHTS_FILE}: {part.module}", expected="A [r, I] and B [O, r]", got=got)
     if bool(config.get("use_dora", False)) != (part.magnitude is not None):
         got = "a magnitude" if part.magnitude else "no magnitude"
-        raise CheckpointError(f"{folder / CONFIG_FILE}: use_dora of {part.module}", expected="as the weights", got=got)
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: use_dora of {part.module}", expected="as the weights", got=got)
     alpha = _of_module(config, "alpha_pattern", "lora_alpha", part.module, folder)
     rank = _of_module(config, "rank_pattern", "r", part.module, folder)
     if rank != a[0]:
-        where = f"{folder / CONFIG_FILE}: r of {part.module}"
+        where = f"{folder / ADAPTER_CONFIG}: r of {part.module}"
         raise CheckpointError(where, expected=f"{a[0]}, as its weights have", got=str(rank))
     part.scaling = alpha / (math.sqrt(rank) if config.get("use_rslora", False) else rank)
     part.transposed = part.kind == "linear" and bool(config.get("fan_in_fan_out", False))
@@ -169,12 +168,12 @@ def _of_module(config: dict[str, Any], patterns: str, default: str, module: str,
     """A number of one module: its own in `patterns` (by the end of its name, as peft matches it), else `default`."""
     values = config.get(patterns) or {}
     if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / CONFIG_FILE}: {patterns}", expected="an object", got=repr(values)[:100])
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {patterns}", expected="an object", got=repr(values)[:100])
     value: Any = config.get(default)
     for pattern, own in values.items():
         if not _PLAIN.fullmatch(pattern):
             raise CheckpointError(
-                f"{folder / CONFIG_FILE}: {patterns}", expected="names of modules",
+                f"{folder / ADAPTER_CONFIG}: {patterns}", expected="names of modules",
                 got=f"the pattern {pattern[:100]!r}", hint="write the modules out, or merge the adapter with peft",
             )  # fmt: skip
         name = pattern.removeprefix("^")
@@ -182,5 +181,5 @@ def _of_module(config: dict[str, Any], patterns: str, default: str, module: str,
             value = own
             break
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: {default}", expected="a positive number", got=repr(value)[:100])
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {default}", expected="a positive number", got=repr(value)[:100])
     return value

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from kdscale_launch import HUNG_EXIT_CODE, Host, HostConnections, HostsJob, SshSettings, Task, run_hosts
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,6 +64,7 @@ def load_dataset(name, config, split, streaming):
 """
 
 
+@pytest.mark.long
 def test_a_download_that_stalls_is_named_and_the_job_starts_again(
     tmp_path: Path, tiny_config: Path, fake_ssh: Path, kdscale_environment: dict[str, str]
 ) -> None:

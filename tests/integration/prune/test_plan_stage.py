@@ -88,8 +88,8 @@ def test_finalists_are_distilled_and_halved(tiny_config: Path) -> None:
     run = tiny_config.parent / "run"
     options = (
         "prune.target_params=70%", "prune.search.masked_candidates=0", "prune.search.probe_tokens=256",
-        "prune.search.probe_candidates=3", "prune.axes=[ffn,heads]", "distill.checkpoint_every=100",
-        "distill.validate_every=100",
+        "prune.search.probe_candidates=3", "prune.axes=[ffn,heads]", "prune.compensate=none",
+        "distill.checkpoint_every=100", "distill.validate_every=100",
     )  # fmt: skip
     plan = plan_in_process(tiny_config, *options)
     assert plan["methods"]["search"] == "probes"
