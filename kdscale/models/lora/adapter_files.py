@@ -81,7 +81,9 @@ def open_adapter(folder: Path) -> Adapter:
         raise ConfigError("teacher.adapters", expected="a folder with " + " and ".join(ADAPTER_FILES), got=str(folder))
     if not (folder / ADAPTER_CONFIG).is_file():
         hint = "this is a whole model: give it as teacher.path" if (folder / "config.json").is_file() else None
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} is missing", expected="an adapter as peft saves it", hint=hint)
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} is missing", expected="an adapter as peft saves it", hint=hint
+        )
     if not (folder / WEIGHTS_FILE).is_file():
         hint = None
         if (folder / "adapter_model.bin").is_file():
@@ -154,7 +156,9 @@ def _complete(part: LowRank, config: dict[str, Any], entries: dict[str, TensorEn
         raise CheckpointError(f"{folder / WEIGHTS_FILE}: {part.module}", expected="A [r, I] and B [O, r]", got=got)
     if bool(config.get("use_dora", False)) != (part.magnitude is not None):
         got = "a magnitude" if part.magnitude else "no magnitude"
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: use_dora of {part.module}", expected="as the weights", got=got)
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: use_dora of {part.module}", expected="as the weights", got=got
+        )
     alpha = _of_module(config, "alpha_pattern", "lora_alpha", part.module, folder)
     rank = _of_module(config, "rank_pattern", "r", part.module, folder)
     if rank != a[0]:
@@ -181,5 +185,7 @@ def _of_module(config: dict[str, Any], patterns: str, default: str, module: str,
             value = own
             break
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: {default}", expected="a positive number", got=repr(value)[:100])
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: {default}", expected="a positive number", got=repr(value)[:100]
+        )
     return value
