@@ -115,6 +115,9 @@ class UnitMask:
                 router_tensor(router, name).data = tensor
         if hasattr(router, "num_experts"):
             router.num_experts = len(kept)
+        if layer.sites.router_norm:  # the router's division by √hidden makes up for what leaves c times as large
+            grow = math.sqrt(plan.teacher.hidden / plan.student.hidden)
+            layer.site(layer.sites.router_norm).register_forward_pre_hook(_scale_input(self.hidden_D * grow))
         router.register_forward_hook(lambda _module, _args, output: (*output[:-1], numbers[output[-1]]))
 
     def _axis_indicator(self, axis: str, position: int) -> Tensor:

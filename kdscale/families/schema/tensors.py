@@ -17,6 +17,7 @@ _MAPS = ("gate", "up", "gate_up", "down", "shared_gate", "shared_up", "shared_ga
 _NORMS_WITHOUT_BIAS = ("q_norm", "k_norm", "q_a_norm", "kv_a_norm", "ssm_norm")
 _NORMS = (
     "embed_norm", "attn_norm", *_NORMS_WITHOUT_BIAS, "attn_post_norm", "ffn_norm", "ffn_post_norm", "final_norm",
+    "experts_norm", "experts_post_norm", "shared_post_norm",  # of experts beside an MLP, each with norms of its own
     "attn_sum_norm", "ffn_sum_norm",  # of the stream itself, once a sublayer's output was added to it (BERT)
 )  # fmt: skip
 _ROLES_OF: dict[Component, tuple[str, ...]] = {
@@ -31,7 +32,8 @@ _ROLES_OF: dict[Component, tuple[str, ...]] = {
     ),
     "ffn": (
         *(f"{part}{kind}" for part in _MAPS for kind in ("", "_bias")),
-        *("router", "router_bias", "router_correction"),
+        # `router…`: one number an expert; the other scales what the router reads
+        *("router", "router_bias", "router_correction", "router_scale", "routing_scale"),
         "shared_share",  # how much of the expert that every token goes to is added
         "layer_scale",  # what a layer multiplies all that it puts out by, its input too
         *(f"act_{constant}" for constant in ("alpha_p", "alpha_n", "beta", "eps")),  # of an activation that has weights
@@ -139,6 +141,9 @@ class LayerSites(Strict):
     ffn: str = ""  # its input is what the ffn axis is ranked by, shape [batch, seq, ffn]
     experts: str = ""  # called with hidden states, chosen experts and routing weights
     router: str = ""
+    # of a router that reads the stream itself, and not what the experts read: its norm, which has no gain and is
+    # followed by a division by √hidden
+    router_norm: str = ""
     shared: str = ""  # the last projection of the expert that every token goes to
     heads: str = ""  # its input is what heads and kv groups are ranked by, shape [batch, seq, heads * head_dim]
     ssm: str = ""  # its input is what ssm heads are ranked by, shape [batch, seq, ssm_heads * ssm_head_dim]

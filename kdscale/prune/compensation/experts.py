@@ -33,7 +33,7 @@ from kdscale.prune.compensation.regression import TargetSums
 from kdscale.prune.slicing import SlicedTensor, Slicer
 from kdscale.runtime.ranks import all_reduce_sum
 
-_FOLDER = "experts"
+_FOLDER, _ROUTED = "experts", "routed"
 _SAMPLED_ROWS = 64  # of each expert's inputs, for the errors in the report
 
 
@@ -72,21 +72,29 @@ def new_weight(tensor: SlicedTensor, weights: Mapping[str, Tensor], slicer: Slic
 
 
 class ExpertInputs:
-    """Records what a layer's experts read while the layer is run, within a quarter of the pass's bytes."""
+    """Records what a layer's experts read while the layer is run, within a quarter of the pass's bytes (and as much
+    again of what the router reads, where that is something else)."""
 
     def __init__(self, layer: DecoderLayer, scratch: Scratch, device: torch.device):
         self.experts: Any = layer.site(layer.sites.experts)
         self._layer = layer
         quarter = replace(scratch.subfolder(_FOLDER), activation_bytes=scratch.activation_bytes // 4)
         self._inputs = HiddenStates(quarter, device)
-        self._handle = self.experts.register_forward_pre_hook(self._record, with_kwargs=True)
+        self._handles = [self.experts.register_forward_pre_hook(self._record, with_kwargs=True)]
+        self._routed = self._inputs  # what the router reads
+        if layer.sites.router_norm:
+            aside = replace(scratch.subfolder(_ROUTED), activation_bytes=scratch.activation_bytes // 4)
+            self._routed = HiddenStates(aside, device)
+            router = layer.site(layer.sites.router)
+            self._handles.append(router.register_forward_pre_hook(lambda _, args: self._routed.append(args[0])))
 
     def _record(self, _module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         self._inputs.append(experts_call(args, kwargs)[0])
 
     def stop(self) -> None:
         """Record no more."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def sweep(self, slicer: Slicer, position: int) -> Sweep:
         """The equations of one student's experts, in the teacher's stream; `position` is the student's layer."""
@@ -94,8 +102,8 @@ class ExpertInputs:
         rows_D = torch.tensor(slicer.plan.kept.hidden, device=experts.down_proj.device)
 
         def equations(group: Sequence[int]) -> Iterator[Equations]:
-            for hidden_ND in self._inputs:
-                routing = routing_among_kept(self._layer, kept, hidden_ND)
+            for hidden_ND, routed_ND in zip(self._inputs, self._routed, strict=True):
+                routing = routing_among_kept(self._layer, kept, routed_ND)
                 for expert in group:
                     token_n, weight_n = routing.of(expert)
                     units_nF = expert_units(experts, expert, hidden_ND[token_n]).float() * weight_n[:, None]

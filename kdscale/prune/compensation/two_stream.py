@@ -161,6 +161,7 @@ class _BothLayers:
                 paths[norm], self._readers[norm] = sites[norm], {role: sites[role] for role in roles}
         self._seen: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # (model, role) → what it read and put out
         self._calls: dict[str, tuple[Tensor, Routing]] = {}  # of the experts of a mixture, by model
+        self._routed: Tensor | None = None  # what the teacher's router read, where that is not what its experts read
         self._unseen: set[str] | None = None  # roles that `_look` still waits for; None: the layer runs to its end
         self._only_adds: bool | None = None  # whether β applies; None: nobody has looked yet
         self._batch_shape: tuple[int, ...] = ()
@@ -170,6 +171,8 @@ class _BothLayers:
             if layer is not None
             for role, path in paths.items()
         ]
+        if teacher.sites.router_norm:
+            self._handles.append(teacher.site(teacher.sites.router).register_forward_pre_hook(self._see_routed))
 
     def __call__(self, both: Tensor, positions_BS: Tensor) -> Tensor:
         teacher, student = self._split(both)
@@ -316,7 +319,7 @@ class _BothLayers:
         slicer = self._slicer
         kept = slicer.plan.kept.experts[self.position]
         (teacher_ND, _), (student_ND, student_routing) = self._calls[_TEACHER], self._calls[_STUDENT]
-        in_teacher = routing_among_kept(self._teacher, kept, teacher_ND)
+        in_teacher = routing_among_kept(self._teacher, kept, teacher_ND if self._routed is None else self._routed)
         numbers = torch.tensor(kept, device=student_ND.device)
         in_student = Routing(numbers[student_routing.chosen_NT], student_routing.weights_NT)
         output_ND = self._teacher_output("down").flatten(0, -2)
@@ -335,6 +338,9 @@ class _BothLayers:
                 else:
                     units_nK = expert_units(student_experts, kept.index(expert), student_ND[token_n])
                     yield Equations(expert, units_nK.float() * weight_n1, target_nD, None)
+
+    def _see_routed(self, _router: Any, args: tuple[Tensor, ...]) -> None:
+        self._routed = args[0]
 
     def _split(self, both: Tensor) -> tuple[Tensor, Tensor]:
         sizes = [self._slicer.plan.teacher.hidden, self._slicer.plan.student.hidden]

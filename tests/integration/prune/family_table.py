@@ -148,6 +148,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 # Teachers of the table besides one a family: the family, and what else its tiny teacher has.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_text, experts": (
+        "gemma4_text",
+        {**GEMMA4, "enable_moe_block": True, "num_experts": 5, "moe_intermediate_size": 48, "intermediate_size": 40},
+    ),
     "granitemoehybrid, experts": (
         "granitemoehybrid",
         {**GRANITE_HYBRID, "num_local_experts": 5, "shared_intermediate_size": 30, "intermediate_size": 48},

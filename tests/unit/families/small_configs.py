@@ -23,6 +23,15 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "num_global_key_value_heads": 1,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
+    "gemma4_text_moe": {
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "global_head_dim": 20,
+        "num_global_key_value_heads": 1,
+        "intermediate_size": 40,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
     "granitemoehybrid": {"layer_types": _MIXED, "num_local_experts": 0, "position_embedding_type": "rope"},
     "granitemoehybrid_moe": {"layer_types": _MIXED, "position_embedding_type": "rope"},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
@@ -33,7 +42,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": _MIXED},
 }
 # Files about some configs of a model type that has two: the type.
-_TYPES = {"granitemoehybrid_moe": "granitemoehybrid", "nemotron_h_moe": "nemotron_h"}
+_TYPES = {"gemma4_text_moe": "gemma4_text", "granitemoehybrid_moe": "granitemoehybrid", "nemotron_h_moe": "nemotron_h"}
 # By model type or file; also those of KDSCALE_FAMILIES.
 FAMILIES = {
     name: load_family({"model_type": _TYPES.get(name, name), **_SPECIAL.get(name, {})}, "config.json").data

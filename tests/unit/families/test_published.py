@@ -35,6 +35,10 @@ _FALCON_H1 = {
     "mamba_n_groups": 1,
 }  # fmt: skip
 _GEMMA_4 = {"attention_k_eq_v": True, "num_global_key_value_heads": 4, "hidden_size_per_layer_input": 0}
+_GEMMA_4_MOE = {
+    **_GEMMA_4, "num_global_key_value_heads": 2, "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8,
+    "moe_intermediate_size": 704,
+}  # fmt: skip
 _GRANITE_4 = {
     "shared_intermediate_size": 1536, "mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128,
     "layer_types": ["attention" if layer % 10 == 5 else "mamba" for layer in range(40)], "tie_word_embeddings": True,
@@ -128,6 +132,7 @@ ROUNDED: dict[str, tuple[str, dict[str, Any], float, float]] = {
     "GLM-4.5-Air": ("glm4_moe", _sizes(4096, 10944, 46, 96, 8, 151552, **_GLM), 106, 13),
     "Qwen3.5-35B-A3B": ("qwen3_5_moe_text", _sizes(2048, 0, 40, 16, 2, 248320), 35, 3.46),
     "gemma-4-31B": ("gemma4_text", _sizes(5376, 21504, 60, 32, 16, 262144, head_dim=256, **_GEMMA_4), 30.7, 30.7),
+    "gemma-4-26B-A4B": ("gemma4_text", _sizes(2816, 2112, 30, 16, 8, 262144, head_dim=256, **_GEMMA_4_MOE), 25.2, 3.8),
     "granite-4.0-h-small": (
         "granitemoehybrid",
         _sizes(4096, 768, 40, 32, 8, 100352, num_local_experts=72, num_experts_per_tok=10, **_GRANITE_4),
