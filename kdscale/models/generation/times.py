@@ -68,7 +68,8 @@ class PlainDecoder:
         would be sent to the same experts of a mixture.
         """
         self._cache = copy.deepcopy(other._cache)
-        self._cache.batch_repeat_interleave(sequences)
+        # the first sequence so many times over; a mixer's states know no batch_repeat_interleave
+        self._cache.reorder_cache(torch.zeros(sequences, dtype=torch.long, device=ids_B1.device))
         self._ids_B1 = ids_B1
 
     def _run(self, ids_BS: Tensor, cache: Any) -> list[int]:

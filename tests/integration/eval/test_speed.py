@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.config.evaluation.speed import SpeedConfig
@@ -24,6 +24,7 @@ from kdscale.models.generation.graph import GraphDecoder, GraphRefusedError
 from kdscale.models.generation.times import PlainDecoder, time_generation
 from kdscale.runtime.progress import Reporter
 from tests.fake_gpu.cuda import fake_gpu
+from tests.integration.prune.family_table import tiny_config
 
 QUIET = Reporter(quiet=True)
 
@@ -210,7 +211,10 @@ def test_a_decoder_over_a_fixed_cache_gives_the_same_tokens_also_the_second_time
         assert [fixed.first(prompt), *(fixed.following() for _ in range(4))] == expected
 
 
-def test_sequences_that_go_on_from_one_prompt_decode_what_they_would_alone(model: Any) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_next", "gemma4_text"])
+def test_sequences_that_go_on_from_one_prompt_decode_what_they_would_alone(model_type: str) -> None:
+    torch.manual_seed(2)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config(model_type))).eval()
     prompt_1S, ids_B1 = torch.arange(5)[None], torch.tensor([[3], [9]])
     one, many = PlainDecoder(model), PlainDecoder(model)
     one.first(prompt_1S)
