@@ -234,6 +234,8 @@ _QUALITY = (
     ("top-1 agreement", "quality", "top1_agreement", "{:.1%}"),
     ("similarity kept", "quality", "similarity_kept", "{:.3f}"),
     ("nearest neighbour kept", "quality", "neighbour_kept", "{:.1%}"),
+    ("accuracy of classes", "quality", "class_accuracy", "{:.1%}"),
+    ("class as the teacher's", "quality", "class_agreement", "{:.1%}"),
     ("accepted as a draft", "quality", "acceptance", "{:.1%}"),
     ("expected speed-up as a draft", "draft", "speed_up", "{:.2f}"),
 )

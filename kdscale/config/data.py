@@ -101,6 +101,9 @@ class SourceConfig(Section):
     field: str | None = None  # that holds the text; None: `text`, or `messages` of a chat
     chat: bool = False  # whether `field` holds a conversation, of which the answers are learned
     source_field: str | None = "source"  # names where each record comes from; None: the file's name does
+    # of a record: the class that its text is of, by its number or by its name in the teacher's config; null or absent:
+    # it is not known. For teachers that tell classes
+    class_field: Annotated[str, Field(min_length=1)] | None = None
     split: str = "train"  # of a data set that has several
     weight: Annotated[int, Field(ge=1, le=10_000)] = 1  # how often each document is repeated per epoch
     tag: Annotated[str, Field(min_length=1)] | None = (
@@ -180,6 +183,8 @@ class DataConfig(Section):
     def _sentences_are_of_texts(self) -> DataConfig:
         if self.sentences and self.has_chats:
             raise ValueError("sentences: a conversation is not cut into sentences; leave chat or sentences out")
+        if (self.sentences or self.has_chats) and any(source.class_field is not None for source in self.all_sources):
+            raise ValueError("sources: class_field is of whole texts; leave sentences and chat out")
         return self
 
     @model_validator(mode="after")

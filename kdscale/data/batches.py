@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdscale.config.distill.masking import MaskingConfig
+from kdscale.config.distill.masking import EncoderTask
 from kdscale.data.blends import BlendOrder
-from kdscale.data.encoders.masking import check_masking, masked
+from kdscale.data.encoders.classes import for_task
+from kdscale.data.encoders.masking import check_task
 from kdscale.data.encoders.whole_documents import DocumentRows
 from kdscale.data.packing import IGNORED_LABEL, PackedSequence, Windows
 from kdscale.data.token_store import Share, TokenSplit
@@ -76,7 +77,8 @@ class OwnSequences(Protocol):
 class Batch:
     """Int64 tensors (B, S); labels[b, t] is the token that follows input_ids[b, t], or IGNORED_LABEL.
 
-    Of an encoder's text labels[b, t] is the token at t itself, which input_ids may hide (data/encoders/masking.py).
+    Of an encoder's text labels[b, t] is the token at t itself, which input_ids may hide (data/encoders/masking.py), or
+    the class of the document that begins at t (data/encoders/classes.py).
 
     tags[b, t] numbers the tag of the source that the position's document comes from, in TokenSplit.tags.
     """
@@ -152,8 +154,8 @@ class PackedLoader:
     """Training batches of one of `world` ranks, each of which takes an equal run of every step's sequences.
 
     `label_slice` (number, of how many) says which of their labels are its own. `choose_labels` takes a batch and the
-    keys of its sequences, and returns the labels [B, S] to train on, the others ignored. `masking`: which tokens are
-    hidden from an encoder. `shorter_first` are phases,
+    keys of its sequences, and returns the labels [B, S] to train on, the others ignored. `task`: what an encoder is
+    to tell. `shorter_first` are phases,
     (first step after it, length), in which sequences are shorter and as many more: sequence n of a phase begins about
     where sequence n of that length would be, had the whole run that length. Raises ConfigError when the batch does not
     divide by the ranks, and DataError when there is less than one sequence of text.
@@ -173,7 +175,7 @@ class PackedLoader:
         choose_labels: Callable[[Batch, Sequence[SequenceKey]], Tensor] | None = None,
         shorter_first: Sequence[tuple[int, int]] = (),
         own: OwnSequences | None = None,
-        masking: MaskingConfig | None = None,
+        task: EncoderTask | None = None,
     ):
         if not 0 <= rank < world:
             raise ConfigError("rank of the data loader", expected=f"0 to {world - 1}", got=str(rank))
@@ -185,14 +187,14 @@ class PackedLoader:
             )
         self._split, self._seq_len, self._seed, self._shuffle = split, seq_len, seed, shuffle
         self._global, self._micro, self._rank, self._world = global_batch, micro_batch, rank, world
-        check_masking(split.encoder, masking)
-        self._label_slice, self._choose_labels, self._own, self._masking = label_slice, choose_labels, own, masking
+        check_task(split.encoder, task)
+        self._label_slice, self._choose_labels, self._own, self._task = label_slice, choose_labels, own, task
         self._blend = BlendOrder([share.share for share in split.blend]) if split.blend else None
         self._streams = [self._stream(share) for share in split.blend or (None,)]
         self.epoch_sequences = sum(stream.sequences for stream in self._streams)
         self._shorter = [
             (end, PackedLoader(split, length, global_batch * more, micro_batch * more, seed, rank, world, shuffle,
-                               label_slice, choose_labels, masking=masking))
+                               label_slice, choose_labels, task=task))
             for end, length in shorter_first
             for more in [seq_len // length]
         ]  # fmt: skip
@@ -267,10 +269,7 @@ class PackedLoader:
     def sequence(self, number: int) -> PackedSequence:
         """Sequence `number` of the endless global order."""
         stream, epoch, within = self._place(number)
-        sequence = stream.sequence(epoch, within)
-        if self._masking is None or self._split.encoder is None:
-            return sequence
-        return masked(sequence, self._split.encoder, self._masking, ("train", number), self._seed)
+        return for_task(stream.sequence(epoch, within), self._split, self._task, ("train", number), self._seed)
 
     def document_lengths(self, step: int) -> list[int]:
         """Positions of every document in all ranks' batch of optimiser step `step`; reads no tokens."""

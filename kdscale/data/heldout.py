@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdscale.config.distill.masking import MaskingConfig
+from kdscale.config.distill.masking import EncoderTask
 from kdscale.data.batches import Batch, SequenceKey, stack_sequences
-from kdscale.data.encoders.masking import check_masking, masked
+from kdscale.data.encoders.classes import for_task
+from kdscale.data.encoders.masking import check_task
 from kdscale.data.encoders.whole_documents import check_room, first_fit, length_in_row, row_of
 from kdscale.data.packing import IGNORED_LABEL, PackedSequence, check_seq_len, seeded_order
-from kdscale.data.token_store import EncoderTokens, TokenSplit
+from kdscale.data.token_store import TokenSplit
 from kdscale.errors import DataError
 
 
@@ -35,7 +36,7 @@ def eval_batches(
     micro_batch: int,
     max_tokens: int,
     seed: int = 0,
-    masking: MaskingConfig | None = None,
+    task: EncoderTask | None = None,
 ) -> list[Batch]:
     """Held-out batches with exactly `max_tokens` labels that count, or all there are when the text has fewer.
 
@@ -45,14 +46,14 @@ def eval_batches(
     with IGNORED_LABEL. Deterministic, and with no more rows than needed. `text_bytes` of a batch is the UTF-8 length of
     exactly the text its labels stand for (an end-of-text label is 0 bytes).
 
-    Of an encoder's text: rows of whole documents with about as many positions, the tokens that `masking` chooses hidden
-    and alone labelled.
+    Of an encoder's text: rows of whole documents with about as many positions, with the labels of its
+    `task`: hidden tokens alone, or a class for each document.
 
     Raises DataError on the train split, which keeps no bytes per token, and where there is no label to measure on.
     """
-    check_masking(split.encoder, masking)
+    check_task(split.encoder, task)
     if split.encoder is not None:
-        return _encoder_batches(split, split.encoder, seq_len, micro_batch, max_tokens, seed, masking)
+        return _encoder_batches(split, seq_len, micro_batch, max_tokens, seed, task)
     check_seq_len(split, seq_len)
     rows: list[_EvalRow] = []
     left = max_tokens
@@ -74,13 +75,7 @@ def eval_batches(
 
 
 def _encoder_batches(
-    split: TokenSplit,
-    tokens: EncoderTokens,
-    seq_len: int,
-    micro_batch: int,
-    max_tokens: int,
-    seed: int,
-    masking: MaskingConfig | None,
+    split: TokenSplit, seq_len: int, micro_batch: int, max_tokens: int, seed: int, task: EncoderTask | None
 ) -> list[Batch]:
     check_room(split, seq_len)
     chosen: list[tuple[int, int]] = []
@@ -92,8 +87,7 @@ def _encoder_batches(
         left -= chosen[-1][1]
     rows = [row_of(split, documents, seq_len) for documents in first_fit(chosen, seq_len)]
     keys = [SequenceKey("heldout", number) for number in range(len(rows))]
-    if masking is not None:
-        rows = [masked(row, tokens, masking, key, seed) for row, key in zip(rows, keys, strict=True)]
+    rows = [for_task(row, split, task, key, seed) for row, key in zip(rows, keys, strict=True)]
     starts = range(0, len(rows), micro_batch)
     return [stack_sequences(rows[i : i + micro_batch], keys[i : i + micro_batch]) for i in starts]
 

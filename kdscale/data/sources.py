@@ -19,7 +19,7 @@ import numpy as np
 from kdscale.config.data import READERS, Reader, SourceConfig, file_suffixes
 from kdscale.data.readers.arrow import saved_dataset_files
 from kdscale.data.readers.chat import ChatTemplate
-from kdscale.data.readers.records import checked_text, content_of, label_of
+from kdscale.data.readers.records import checked_text, class_of, content_of, label_of
 from kdscale.data.readers.text import DOCUMENT_CHARS
 from kdscale.errors import DataError
 from kdscale.files import sha256_file
@@ -33,7 +33,8 @@ class Document:
 
     `answers` are the spans of characters that the student learns to write, ascending; None: all of the text.
     `ids` (int64) takes the place of the text where its tokens are all that is known. `part_of`: the content of the
-    document that it is a sentence of, which decides on which side it is held out.
+    document that it is a sentence of, which decides on which side it is held out. `class_`: what the record's
+    `class_field` says.
     """
 
     text: str
@@ -42,6 +43,7 @@ class Document:
     answers: tuple[tuple[int, int], ...] | None = None
     ids: np.ndarray | None = None
     part_of: bytes | None = None
+    class_: int | str | None = None
 
     @property
     def brings_own_ends(self) -> bool:
@@ -81,8 +83,8 @@ def read_documents(source: SourceConfig, chat: ChatTemplate | None = None) -> It
         elif isinstance(content, str):
             yield Document(content, label, index)
         elif not source.chat:
-            text = content_of(content, source, where)
-            yield Document(checked_text(text, f"{where}, field {source.field_name!r}"), label, index)
+            text = checked_text(content_of(content, source, where), f"{where}, field {source.field_name!r}")
+            yield Document(text, label, index, class_=class_of(content, source, where))
         else:
             assert chat is not None
             conversation = chat.chat(content_of(content, source, where), where)
@@ -127,6 +129,8 @@ def describe_source(source: SourceConfig) -> dict[str, Any]:
     }  # fmt: skip
     if source.source_field != "source":
         facts["source_field"] = source.source_field
+    if source.class_field is not None:
+        facts["class_field"] = source.class_field
     if not is_local(source):
         return {**facts, "split": source.split}
     files = [file for path in source_files(source) for file in (path, *_companion(path))]

@@ -17,7 +17,7 @@ from kdscale.data.leaks import Text, find_leaks, in_words
 from kdscale.data.readers.chat import ChatTemplate
 from kdscale.data.sentences import sentences
 from kdscale.data.sources import Document, describe_source, is_local, read_documents
-from kdscale.data.store_format import SPLITS, STORE_VERSION, Facts, SplitWriter, keep_documents
+from kdscale.data.store_format import SPLITS, STORE_VERSION, UNKNOWN_CLASS, Facts, SplitWriter, keep_documents
 from kdscale.errors import DataError
 from kdscale.files import sha256_json
 from kdscale.models.loading import NO_SPECIAL_TOKENS, SpecialTokens
@@ -47,6 +47,7 @@ class DocumentFormat:
     max_tokens: int | None = None  # a longer document is cut into equal ones
     markup_ids: tuple[int, ...] = ()  # special tokens: in a chat they stand for no text
     encoder: EncoderText | None = None  # None: for a decoder
+    classes: tuple[str, ...] = ()  # of the teacher, by their numbers; empty: it tells none
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -253,7 +254,7 @@ class StoreBuilder:
             raise token_without_row(worst, self._format.vocab_size, self._encoder.token(worst), document.source)
         tokens_3T, label = document_tokens(document, text, self._format), self._label(document.source)
         for cut in _cut(tokens_3T, self._format):
-            self._splits[split].add(cut, label, source)
+            self._splits[split].add(cut, label, source, class_number(document, self._format.classes))
         if split == "train" and self._left:
             self._left[self._survey.data.sources[source].name] -= tokens_3T.shape[1]
 
@@ -262,6 +263,22 @@ class StoreBuilder:
         if source not in self._labels and len(self._labels) >= _MAX_LABELS - 1:
             source = _OTHER
         return self._labels.setdefault(source, len(self._labels))
+
+
+def class_number(document: Document, classes: Sequence[str]) -> int:
+    """The class that the document says it is of, or UNKNOWN_CLASS. Raises DataError for one that there is not."""
+    value = document.class_
+    if value is None:
+        return UNKNOWN_CLASS
+    number = classes.index(value) if value in classes else value
+    if not isinstance(number, int) or not 0 <= number < len(classes):
+        raise DataError(
+            f"document {document.index} of {document.source} is of the class {value!r}"[:200],
+            expected=f"a number below {len(classes)}, or one of {', '.join(classes[:20])}" if classes
+            else "no class: the teacher tells none",
+            hint="see id2label in the teacher's config.json and class_field of the source",
+        )  # fmt: skip
+    return number
 
 
 def document_tokens(document: Document, text: EncodedText, form: DocumentFormat) -> np.ndarray:

@@ -65,6 +65,8 @@ class StoreCache:
         settings += [description.get(name) for name in _SETTINGS]
         if form.encoder is not None or "sentences" in description:
             settings.append([form.encoder and asdict(form.encoder), description.get("sentences", False)])
+        if form.classes:
+            settings.append(form.classes)
         settings.append(_read_of_a_blend(description))
         return sha256_json([STORE_VERSION, tokenizers.__version__, tokenizer_sha256, settings, text])
 

@@ -7,6 +7,8 @@ folder/{train,heldout}/tokens.bin         all documents' token ids, one after an
                       /labels.bin         (documents) uint16: index into the manifest's list of source labels
                       /sources.bin        (documents) uint16: index into the manifest's sources
                       /loss.bin           (tokens) bits: which tokens are labels; only where some are not
+                      /classes.bin        (documents) int32: the class of each document, or UNKNOWN_CLASS; only where
+                                          some are known
 folder/heldout/token_bytes.bin            (tokens) uint32: UTF-8 bytes of each token, for bits per byte
 """
 
@@ -27,7 +29,8 @@ Facts = dict[str, Any]
 
 SPLITS = ("train", "heldout")
 STORE_VERSION = 3
-LOSS_FILE = "loss.bin"
+LOSS_FILE, CLASSES_FILE = "loss.bin", "classes.bin"
+UNKNOWN_CLASS = -1
 _COLUMNS = {"offsets": np.int64, "bytes": np.int64, "labels": np.uint16, "sources": np.uint16}  # of each document
 _MASK_BLOCK = 1 << 20  # bytes of a mask that are written at once
 
@@ -116,7 +119,7 @@ def read_store_manifest(folder: Path) -> Facts:
 
 
 class SplitWriter:
-    """Appends documents to one split's files. Only 20 bytes per document stay in memory."""
+    """Appends documents to one split's files. Only 24 bytes per document stay in memory."""
 
     def __init__(self, folder: Path, dtype: str, keep_bytes: bool):
         folder.mkdir()
@@ -125,9 +128,9 @@ class SplitWriter:
         self._token_bytes = (folder / "token_bytes.bin").open("wb") if keep_bytes else None
         self._loss: _BitWriter | None = None
         self._offsets, self._bytes = array("q", [0]), array("q")
-        self._labels, self._sources = array("H"), array("H")
+        self._labels, self._sources, self._classes = array("H"), array("H"), array("i")
 
-    def add(self, tokens_3T: np.ndarray, label: int, source: int) -> None:
+    def add(self, tokens_3T: np.ndarray, label: int, source: int, class_: int = UNKNOWN_CLASS) -> None:
         """Append a document: ids, UTF-8 bytes of each token, and 1 where it is a label; int64 (3, T)."""
         ids, sizes, is_label = tokens_3T
         if self._loss is None and not is_label.all():
@@ -141,6 +144,7 @@ class SplitWriter:
         self._bytes.append(int(sizes.sum()))
         self._labels.append(label)
         self._sources.append(source)
+        self._classes.append(class_)
 
     def close(self) -> dict[str, int]:
         """Write what was kept in memory; returns the split's counts."""
@@ -152,6 +156,8 @@ class SplitWriter:
         columns = (self._offsets, self._bytes, self._labels, self._sources)
         for name, column in zip(_COLUMNS, columns, strict=True):
             (self._folder / f"{name}.bin").write_bytes(column.tobytes())
+        if any(class_ != UNKNOWN_CLASS for class_ in self._classes):
+            (self._folder / CLASSES_FILE).write_bytes(np.asarray(self._classes, np.int32).tobytes())
         return {"documents": len(self._bytes), "tokens": self._offsets[-1], "bytes": sum(self._bytes)}
 
 
@@ -199,6 +205,8 @@ def keep_documents(folder: Path, dtype: str, kept: np.ndarray) -> dict[str, int]
     np.concatenate(([0], np.cumsum(lengths))).astype(np.int64).tofile(folder / "offsets.bin")
     for name, column in columns.items():
         column[kept].tofile(folder / f"{name}.bin")
+    if (folder / CLASSES_FILE).is_file():
+        np.fromfile(folder / CLASSES_FILE, np.int32)[kept].tofile(folder / CLASSES_FILE)
     return {"documents": int(kept.size), "tokens": int(lengths.sum()), "bytes": int(columns["bytes"][kept].sum())}
 
 

@@ -8,6 +8,7 @@ both sides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,15 @@ from kdscale.data.store_builder import (
     token_without_row,
 )
 from kdscale.data.store_cache import StoreCache
-from kdscale.data.store_format import LOSS_FILE, SPLITS, name_in_blend, read_bits, read_store_manifest
+from kdscale.data.store_format import (
+    CLASSES_FILE,
+    LOSS_FILE,
+    SPLITS,
+    UNKNOWN_CLASS,
+    name_in_blend,
+    read_bits,
+    read_store_manifest,
+)
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import atomic_dir, write_json
 from kdscale.models.loading import NO_SPECIAL_TOKENS, SpecialTokens
@@ -78,6 +87,7 @@ class TokenSplit:
     loss_bits: np.ndarray | None = None  # a bit for each token: whether it is a label; None: all of them are
     blend: tuple[Share, ...] = ()  # empty: all documents are one stream
     encoder: EncoderTokens | None = None  # None: the text is for a decoder
+    classes_D: np.ndarray | None = None  # the class of each document, or UNKNOWN_CLASS; None: none is known
 
     @property
     def bytes(self) -> int:
@@ -102,6 +112,10 @@ class TokenSplit:
         if self.loss_bits is None:
             return None
         return read_bits(self.loss_bits, int(self.offsets_D1[i]), int(self.offsets_D1[i + 1]))
+
+    def class_of(self, i: int) -> int:
+        """The class of document `i`, or UNKNOWN_CLASS."""
+        return UNKNOWN_CLASS if self.classes_D is None else int(self.classes_D[i])
 
     def document_token_bytes(self, i: int) -> np.ndarray:
         """UTF-8 bytes of each token of document `i`. Raises DataError on the train split, which keeps none."""
@@ -132,7 +146,7 @@ class TokenStore:
         facts, folder = self.manifest["splits"][name], self.folder / name
         labels_D = np.fromfile(folder / "labels.bin", dtype=np.uint16)
         sources_D = np.fromfile(folder / "sources.bin", dtype=np.uint16)
-        has_loss_bits = f"{name}/{LOSS_FILE}" in self.manifest["files"]
+        has_loss_bits, has_classes = (f"{name}/{f}" in self.manifest["files"] for f in (LOSS_FILE, CLASSES_FILE))
         if max(sources_D, default=0) >= len(self._sources(name)):
             raise DataError(f"{folder / 'sources.bin'} is damaged", hint="delete the store and build it again")
         return TokenSplit(
@@ -155,6 +169,7 @@ class TokenStore:
             loss_bits=np.memmap(folder / LOSS_FILE, dtype=np.uint8, mode="r") if has_loss_bits else None,
             blend=self._blend() if name == "train" else (),
             encoder=self._encoder(),
+            classes_D=np.fromfile(folder / CLASSES_FILE, dtype=np.int32) if has_classes else None,
         )
 
     def _encoder(self) -> EncoderTokens | None:
@@ -215,6 +230,7 @@ class TokenStore:
         vocab_size: int | None = None,
         cache: StoreCache | None = None,
         encoder: bool = False,
+        classes: Sequence[str] = (),
     ) -> TokenStore:
         """Read, split, tokenise and write; `folder` appears complete or not at all (an old one is replaced).
 
@@ -222,7 +238,7 @@ class TokenStore:
         unless `special` has a suffix. `vocab_size` is the model's: a text with an id beyond it is refused. Documents
         without a token have nothing to predict; they are left out and counted. A store of the same text and settings
         is taken from `cache`, and a new one is put there. For an `encoder` (`eos_id`: its padding) every part of a
-        document that is cut has both ends.
+        document that is cut has both ends. `classes`: the names of those that it tells, by their numbers.
 
         Raises DataError for unreadable sources, an empty split and ids beyond the vocabulary, ConfigError for settings
         that the tokenizer or the text rules out. Every local file is read and checked before anything is tokenised.
@@ -237,6 +253,7 @@ class TokenStore:
         form = DocumentFormat(
             eos_id, vocab, special, data.max_document_tokens, markup_ids,
             EncoderText(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids)) if encoder else None,
+            tuple(classes),
         )  # fmt: skip
         for token_id in (eos_id, *special.prefix, *special.suffix):
             if not 0 <= token_id < vocab:

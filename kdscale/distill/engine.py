@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kdscale import files
+from kdscale.config.distill.encoder_objectives import task_of
 from kdscale.config.distill.objective import ObjectiveConfig
 from kdscale.config.root import Config
 from kdscale.data.batches import LoaderState, PackedLoader
@@ -336,7 +337,7 @@ def _make_trainer(
         label_slice=(mesh.sequence_rank, mesh.sequence),
         choose_labels=models.choose_labels,
         shorter_first=shorter_phases(settings),
-        masking=settings.masking,
+        task=task_of(settings.objectives, settings.masking),
     )
     samples = open_samples(cfg, folders, setup, models.student, built.state.tied, make_loader().sequence, reporter.say)
     loader = make_loader(own=samples)

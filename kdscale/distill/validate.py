@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kdscale.config.distill.encoder_objectives import task_of
 from kdscale.config.distill.settings import DistillConfig
 from kdscale.data.batches import Batch
 from kdscale.data.heldout import eval_batches
@@ -29,7 +30,11 @@ from kdscale_launch.watchdog import enter
 def held_out_batches(split: TokenSplit, settings: DistillConfig, choose: LabelChoice | None) -> list[Batch]:
     """Held-out text to validate on, with the labels that `choose` takes. Raises DataError where it takes none."""
     batches = eval_batches(
-        split, settings.seq_len, settings.micro_batch, settings.validate_tokens, masking=settings.masking
+        split,
+        settings.seq_len,
+        settings.micro_batch,
+        settings.validate_tokens,
+        task=task_of(settings.objectives, settings.masking),
     )
     chosen = [batch.with_labels_of(choose) for batch in batches]
     if not any(batch.token_count for batch in chosen):

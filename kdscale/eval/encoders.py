@@ -1,4 +1,4 @@
-"""What a smaller encoder keeps: the similarities of held-out sentences, and how well it tells hidden tokens.
+"""What a smaller encoder keeps: the similarities of held-out sentences, and how well it tells hidden tokens or classes.
 
 Similarity kept is Spearman's rank correlation, over all pairs of held-out documents (sentences, where data.sentences
 cuts the text into them), of the cosines between their embeddings in the student and in the teacher: what searches and
@@ -28,6 +28,7 @@ from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.data.token_store import TokenStore
 from kdscale.errors import ConfigError, DataError
+from kdscale.eval.classes import tell_classes
 from kdscale.eval.quality import SCHEMA_VERSION, ScoringOptions, score_models
 from kdscale.eval.sizes import model_sizes
 from kdscale.eval.summary import Scores, compare, gap_closed, perplexity_by_tag, scored_tags, summarise
@@ -75,23 +76,28 @@ def evaluate_encoders(
     config = read_config(models[TEACHER])
     family = load_family(config, str(models[TEACHER] / "config.json"))
     pooling = pooling_of(models[TEACHER]) or "mean"
-    embedded, sizes = _embed_all(models, batches, pooling, options, reporter)
     scores: dict[str, Scores] = {}
     masked: list[Batch] = []
-    if family.tells_tokens and split.encoder is not None and split.encoder.mask_id is not None:
-        masked = eval_batches(split, cfg.seq_len, cfg.micro_batch, cfg.tokens, masking=MaskingConfig())
+    differences: dict[str, dict[str, Any]] = {}
+    if family.head == "classes":
+        of_texts = eval_batches(split, cfg.seq_len, cfg.micro_batch, cfg.tokens, task="classes")
+        told, sizes, differences = tell_classes(models, of_texts, options, reporter)
+        measured, documents = told, sum(batch.token_count for batch in of_texts)
+    else:
+        embedded, sizes = _embed_all(models, batches, pooling, options, reporter)
+        measured = {name: similarity_kept(embedded[TEACHER], embedded[name]) for name in models if name != TEACHER}
+        documents = len(embedded[TEACHER])
+    if family.head == "masked_lm" and split.encoder is not None and split.encoder.mask_id is not None:
+        masked = eval_batches(split, cfg.seq_len, cfg.micro_batch, cfg.tokens, task=MaskingConfig())
         scores, _ = score_models(models, masked, options, reporter)
+        differences = compare(scores)
     if out_path is None:
         return {}
     quality = {
-        name: {
-            **(summarise(scores[name], 0) if name in scores else _WITHOUT_TOKENS),
-            **({} if name == TEACHER else similarity_kept(embedded[TEACHER], embedded[name])),
-        }
+        name: {**(summarise(scores[name], 0) if name in scores else _WITHOUT_TOKENS), **measured.get(name, {})}
         for name in models
     }
     by_source = {name: perplexity_by_tag(score, scored_tags(masked), split.tags) for name, score in scores.items()}
-    documents = len(embedded[TEACHER])
     result = {
         "schema_version": SCHEMA_VERSION,
         "settings": {
@@ -106,7 +112,7 @@ def evaluate_encoders(
                    "size": {**sizes[name], "kv_cache_bytes_per_token": None}}
             for name in models
         },
-        "differences": compare(scores),
+        "differences": differences,
         "gap_closed": gap_closed({name: quality[name]["ce"] for name in scores}) if scores else None,
         "samples": [],
         "seconds": {"total": time.monotonic() - started},

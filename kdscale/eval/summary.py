@@ -59,7 +59,7 @@ def summarise(scores: Scores, text_bytes: int) -> dict[str, Any]:
 
 
 def headline(result: Mapping[str, Any]) -> dict[str, str]:
-    """What the terminal shows: perplexities, what encoders keep, and how much of the gap was closed."""
+    """What the terminal shows: perplexities, what encoders keep and tell, and how much of the gap was closed."""
     out = {}
     for name, model in result["models"].items():
         quality = model["quality"]
@@ -67,6 +67,9 @@ def headline(result: Mapping[str, Any]) -> dict[str, str]:
             out[f"{name} perplexity"] = f"{quality['perplexity']:,.2f}"
         if "similarity_kept" in quality:
             out[f"{name} similarity kept"] = f"{quality['similarity_kept']:.3f}"
+        for key, title in (("class_accuracy", "accuracy"), ("class_agreement", "class as the teacher's")):
+            if quality.get(key) is not None:
+                out[f"{name} {title}"] = f"{quality[key]:.1%}"
     if result["gap_closed"] is not None:
         out["gap closed"] = f"{result['gap_closed']:.0%}"
     return out

@@ -140,6 +140,8 @@ def _check_head(model: PreTrainedModel, head: OutputHead, name: str) -> None:
         own = {"position_ids": torch.arange(8, device=model.device)[None] + encoder.first_position}
     expected_SV = model(input_ids=ids_BS, **own).logits[0].float()
     got_SV = head.logits(final_hidden(model, ids_BS)[0])
+    if expected_SV.dim() == 1:  # of classes, which a whole text has
+        got_SV = got_SV[0]
     if not bool(torch.isfinite(expected_SV).all()):
         return  # broken weights are reported by what they score, with a count
     tolerance = 1e-3 if head.weight_VH.dtype == torch.float32 else 5e-2

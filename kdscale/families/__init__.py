@@ -126,7 +126,7 @@ def _unknown_type(config_dict: dict[str, Any], where: str, known: list[str], inn
 
 
 def head_kind(config_dict: dict[str, Any]) -> str:
-    """What stands on the model of a config: `masked_lm` or `none` on an encoder, `causal_lm` on all others."""
+    """What stands on a config's model: `masked_lm`, `classes` or `none` on an encoder, `causal_lm` on all others."""
     files = _families().get(str(config_dict.get("model_type")), ())
     return next((data.heads[data.architecture_in(config_dict)] for data in files if data.is_encoder), "causal_lm")
 

@@ -77,9 +77,9 @@ class Family:
         return self.data.is_encoder
 
     @property
-    def tells_tokens(self) -> bool:
-        """Whether its models have a head over the vocabulary: all but encoders without one."""
-        return bool(self.sites.head)
+    def head(self) -> str:
+        """What stands on its models, as `head_kind` says."""
+        return self.data.heads[self.data.architectures[0]] if self.is_encoder else "causal_lm"
 
     @cached_property
     def experts_per_token(self) -> int:
@@ -270,6 +270,9 @@ class Family:
         size = self.data.sizes[name]
         if size.of_layers is not None and (said := overrides(self.data, config, self.where)):
             return self._size(DimField(field=size.of_layers, absent=size.absent), said, {})
+        if size.entries is not None:
+            named = config.get(size.entries)
+            return len(named) if isinstance(named, dict) and named else int(size.absent or 0)
         if size.field is None:
             parts = (DimField(field=field, absent=absent) for field, absent in size.sum.items())
             return sum(self._size(part, config, {}) for part in parts)

@@ -64,11 +64,14 @@ class VocabShard:
 def head_of(model: Any) -> OutputHead:
     """The head of a transformers model; call it inside a module's forward, so that ZeRO-3 gathers the weight.
 
-    That of an encoder without one has no rows. Raises CheckpointError for another model without a head.
+    One that tells classes has a row for each. That of an encoder without a head has no rows. Raises CheckpointError for
+    another model without a head.
     """
     linear = model.get_output_embeddings()
-    if linear is None and encoder_parts(model) is not None:
-        return OutputHead(model.get_input_embeddings().weight[:0].detach())
+    if linear is None and (encoder := encoder_parts(model)) is not None:
+        if encoder.head is None:
+            return OutputHead(model.get_input_embeddings().weight[:0].detach())
+        linear = encoder.head
     if linear is None:
         raise CheckpointError(f"{type(model).__name__} has no output head", expected="a causal language model")
     bias_V, scale = getattr(linear, "bias", None), logit_scale(model)
@@ -92,7 +95,7 @@ def final_hidden(
     **more: Any,
 ) -> torch.Tensor:
     """The hidden states that enter the head, times the scale of its logits, [B, S, H]; of an encoder without a head
-    those that leave it.
+    those that leave it. Where classes are told, what the first position of a document has enters for the document.
 
     Packed documents do not see each other: a model with `attend_within_documents` is told where they are (`documents`,
     else found in the positions), and any other derives a mask from positions that restart, as there is neither an
@@ -110,6 +113,8 @@ def final_hidden(
     )  # fmt: skip
     hidden_BSH: torch.Tensor = output.last_hidden_state
     if encoder is not None:
+        if encoder.pools_mean:
+            hidden_BSH = means_of(hidden_BSH, documents or Documents.of(places_BS).to(hidden_BSH.device))
         return encoder.before_head(hidden_BSH)
     scale = logit_scale(model)
     return hidden_BSH if scale == 1.0 else hidden_BSH * scale
@@ -117,7 +122,8 @@ def final_hidden(
 
 # -- encoders ---------------------------------------------------------------------------------------------------------
 
-_GELU = "gelu"  # in Sites.transform: the function, which RoBERTa's head has in no module
+# In Sites.transform: functions that a head has in no module.
+_FUNCTIONS = {"gelu": torch.nn.functional.gelu, "relu": torch.relu, "tanh": torch.tanh}
 
 
 @dataclass(frozen=True)
@@ -125,10 +131,20 @@ class EncoderParts:
     """`first_position`: the number of a document's first position in the model's table of learned positions.
 
     `transform`: the modules and functions that hidden states go through before the head; none where there is no head.
+    `head`: the map to classes, where there is one. `pools_mean`: whether the mean of a document's hidden states goes
+    there, in place of its first one.
     """
 
     first_position: int
     transform: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+    head: Any = None
+    pools_mean: bool = False
+
+    def of_rows(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
+        """What the head is given of rows that are a document each: [B, H] where classes are told, else all of it."""
+        if self.head is None:
+            return hidden_BSH
+        return hidden_BSH.mean(1) if self.pools_mean else hidden_BSH[:, 0]
 
     def before_head(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
         """What enters the head."""
@@ -152,10 +168,27 @@ def _find_parts(model: Any) -> EncoderParts | None:
     if head_kind(config) == "causal_lm":
         return None
     family = load_family(config, type(model).__name__)
-    steps = [
-        torch.nn.functional.gelu if path == _GELU else model.get_submodule(path) for path in family.sites.transform
-    ]
-    return EncoderParts(family.first_position(config), steps)
+    steps = [_FUNCTIONS.get(path) or model.get_submodule(path) for path in family.sites.transform]
+    first = family.first_position(config)
+    if family.head != "classes" or family.data.class_head is None:
+        return EncoderParts(first, steps)
+    pooling = family.data.class_head.pooling
+    return EncoderParts(
+        first, steps, model.get_submodule(family.sites.head), pooling is not None and config.get(pooling) == "mean"
+    )
+
+
+def means_of(hidden_BSH: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """At each position the mean, made in fp32 at least, over the positions of its document: [B, S, H]."""
+    hidden_TH = hidden_BSH.flatten(0, 1)
+    sizes_D = documents.bounds_D1.diff().long()
+    of_T = torch.repeat_interleave(
+        torch.arange(len(sizes_D), device=sizes_D.device), sizes_D, output_size=len(hidden_TH)
+    )
+    wide = torch.promote_types(hidden_TH.dtype, torch.float32)
+    sums_DH = torch.zeros(len(sizes_D), hidden_TH.shape[1], dtype=wide, device=hidden_TH.device)
+    means_DH = sums_DH.index_add(0, of_T, hidden_TH.to(wide)) / sizes_D[:, None]
+    return means_DH.index_select(0, of_T).to(hidden_BSH.dtype).view_as(hidden_BSH)
 
 
 def without_cache(encoder: EncoderParts | None) -> dict[str, Any]:

@@ -189,15 +189,16 @@ class LayerStream:
 
     def head(self, change: Callable[[nn.Module], None] = lambda _: None) -> Callable[[Tensor], Tensor]:
         """Final hidden states → fp32 logits, with all that the model does to them; of an encoder without a head the
-        states as they are. `change` is shown the model that has the head.
+        states as they are, and of classes the logits of each row, which is one document. `change` is shown the model
+        that has the head.
         """
-        if not self.family.tells_tokens:
+        if not self.family.sites.head:
             return lambda hidden: hidden.float()
         model = self._model_with_head()
         change(model)
         head, scale, encoder = head_of(model), logit_scale(model), encoder_parts(model)
         if encoder is not None:
-            return lambda hidden: head.logits(encoder.before_head(hidden))
+            return lambda hidden: head.logits(encoder.before_head(encoder.of_rows(hidden)))
         return lambda hidden: head.logits(hidden * scale)
 
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch = IN_MEMORY) -> HiddenStates:
@@ -249,6 +250,7 @@ class LayerStream:
         if len(built) > 1:
             layers = list(model.get_submodule(self.family.sites.layers).children())
             replace_module(model, self.family.sites.layers, nn.ModuleList([layers[built.index(index)]]))
+        encoder_parts(model)  # found once, while nothing is left out
         attend_within_documents(model)
         return model.eval().requires_grad_(False)
 

@@ -78,6 +78,8 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("KL to the teacher, nats per token", "quality", "kl_to_teacher", "{:.3f}".format),
     ("Top-1 agreement with the teacher", "quality", "top1_agreement", _percent),
     ("Similarity kept, Spearman", "quality", "similarity_kept", "{:.3f}".format),
+    ("Accuracy of classes", "quality", "class_accuracy", _percent),
+    ("Class as the teacher's", "quality", "class_agreement", _percent),
     ("Parameters", "size", "parameters", format_count),
     ("Weights", "size", "weight_bytes", format_size),
     ("KV cache per token, 16-bit", "size", "kv_cache_bytes_per_token", format_size),

@@ -57,7 +57,7 @@ def student_card(cfg: Config, manifest: Mapping[str, Any], sidecars: Path) -> st
 # as what the hub lists a model that this class loads
 _TASKS = {
     TEXT_ALONE: "text-generation", WITH_IMAGES: "image-text-to-text", CLASS_OF["masked_lm"]: "fill-mask",
-    CLASS_OF["none"]: "feature-extraction",
+    CLASS_OF["none"]: "feature-extraction", CLASS_OF["classes"]: "text-classification",
 }  # fmt: skip
 
 

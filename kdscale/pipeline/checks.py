@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdscale.config.data import RESPONSES_SOURCE
-from kdscale.config.distill.settings import EIGHT_BITS
-from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.config.root import Config
+from kdscale.data.encoders.reading import check_reading
 from kdscale.distill.telemetry.trackers import check_trackers
 from kdscale.errors import ConfigError, FileError, KdscaleError, RunFolderError, raise_together
 from kdscale.models.loading import open_teacher
@@ -133,50 +132,6 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     from tokenizers import Tokenizer
 
     return dict(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab())
-
-
-def check_reading(config: Config, teacher: Path) -> None:
-    """Raises ConfigError for what an encoder cannot do, or a decoder, of which each is asked in the same config."""
-    family, distill, prompts = open_teacher(teacher)[1], config.distill, EvalConfig.model_fields["prompts"].default
-    of_tokens = [entry.name for entry in distill.objectives if entry.reads_vocabulary]
-    whole = [entry.name for entry in distill.objectives if entry.pools]
-    kept = "an encoder, which writes no text" if family.is_encoder else "a decoder, which sees what came before alone"
-    if not family.is_encoder:
-        rows = {
-            "distill.masking": distill.masking is not None,
-            "data.sentences": config.data.sentences,
-            f"distill.objectives: {', '.join(whole)}": bool(whole),
-        }
-    else:
-        others = sorted({one.teacher_placement for one in distill.by_teacher().values()} - {"replicated"})
-        rows = {
-            **{name: getattr(config, name) is not None for name in ("responses", "correct", "quantize", "bias")},
-            "distill.on_policy": distill.on_policy is not None,
-            "distill.teachers": bool(distill.teachers),
-            f"distill.teacher_placement: {', '.join(others)}": bool(others),
-            "distill.teacher_dtype: 8 bits": distill.teacher_dtype in EIGHT_BITS,
-            "distill.fake_quantize": distill.fake_quantize is not None,
-            "distill.tensor_parallel": distill.tensor_parallel > 1,
-            "distill.sequence_parallel": distill.sequence_parallel > 1,
-            "targets": config.targets is not None,
-            "eval.downstream": config.eval.downstream is not None,
-            "eval.prompts": config.eval.prompts not in ((), prompts),
-            "eval.draft or distill.lora": config.eval.draft is not None or distill.lora is not None,
-            "prune.target_kv_bytes, target_decode or target_prefill": any(
-                getattr(config.prune, f"target_{kind}") is not None for kind in ("kv_bytes", "decode", "prefill")
-            ),
-        }
-    if wrong := [name for name, asked in rows.items() if asked]:
-        raise ConfigError("; ".join(wrong), expected="settings that go with the teacher", got=kept, hint="leave it out")
-    if family.is_encoder and of_tokens and not family.tells_tokens:
-        raise ConfigError(
-            f"distill.objectives: {', '.join(of_tokens)}", expected="sentence_embeddings, hidden_states or attention",
-            got=f"{family.data.architectures[0]}, which has no head over the vocabulary",
-        )  # fmt: skip
-    if family.is_encoder and of_tokens and distill.masking is None:
-        raise ConfigError(
-            "distill.masking", expected="{}, or shares of its own: the objectives tell hidden tokens", got="none"
-        )
 
 
 def check_sources(config: Config) -> None:

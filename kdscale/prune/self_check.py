@@ -134,7 +134,7 @@ def masked_equals_sliced(
             masked, student = norm(masked), student_stream.final_norm()(student)
         compare.hidden("the final norm", "hidden", masked, student)
         logits = teacher_stream.head(mask.head)(masked * mask.head_factor)
-        if not family.tells_tokens:
+        if not family.sites.head:
             difference = compare.hidden("what leaves the model", "hidden", logits, student)
         else:
             difference = compare.equal("the logits", "hidden", logits, student_stream.head()(student))
@@ -235,7 +235,7 @@ def reload_parity(
 
 
 def _outputs(model: Any, batch: IdsBatch, device: torch.device) -> Tensor:
-    """The model's logits; of an encoder without a head its last hidden states."""
+    """The model's logits, of a row for one that tells classes; of an encoder without a head its last hidden states."""
     ids_BS = batch.input_ids_BS.to(device)
     if (encoder := encoder_parts(model)) is None:
         return cast(Tensor, model(input_ids=ids_BS, use_cache=False).logits)

@@ -208,6 +208,9 @@ def _verdict(facts: Mapping[str, Any]) -> str:
         qualities = [evaluation["models"][name]["quality"] for name in students(evaluation)]
         if kept := [f"{quality['similarity_kept']:.3f}" for quality in qualities if "similarity_kept" in quality]:
             clauses.append(f"similarity kept {' → '.join(kept)}")
+        agreed = [quality["class_agreement"] for quality in qualities if quality.get("class_agreement") is not None]
+        if agreed:
+            clauses.append(f"class as the teacher's {' → '.join(f'{share:.1%}' for share in agreed)}")
     return "; ".join(clauses) if clauses else "Nothing has been measured in this run yet"
 
 
@@ -228,6 +231,15 @@ def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
     if student["quality"].get("similarity_kept") is not None:
         note = f"rank correlation of cosines with the teacher’s ({model_title(name).lower()})"
         out.append(_tile("Similarity kept", f"{student['quality']['similarity_kept']:.3f}", note))
+    if (accuracy := student["quality"].get("class_accuracy")) is not None:
+        note = f"of held-out texts in their class ({model_title(name).lower()})"
+        if teacher is not None:
+            note += f"; the teacher’s is {teacher['quality']['class_accuracy']:.1%}"
+        out.append(_tile("Accuracy", f"{accuracy:.1%}", note))
+    if (agreed := student["quality"].get("class_agreement")) is not None:
+        out.append(
+            _tile("Class kept", f"{agreed:.1%}", f"of texts in the teacher’s class ({model_title(name).lower()})")
+        )
     if teacher is not None and student["quality"]["perplexity"] is not None:
         ratio = student["quality"]["perplexity"] / teacher["quality"]["perplexity"]
         note = f"the teacher’s, on held-out text ({model_title(name).lower()})"
@@ -267,7 +279,8 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
     out = [*(facts["plan"] or {}).get("warnings", []), *facts["notices"]]
     out += (facts["capacity"] or {}).get("warnings", [])
     evaluation, curves = facts["evaluation"], facts["curves"]
-    if evaluation and (gap := evaluation["differences"].get("distilled_minus_pruned")):
+    gap = evaluation["differences"].get("distilled_minus_pruned", {}) if evaluation else {}
+    if "ce" in gap:
         error = gap["ce_standard_error"]
         if gap["ce"] >= 0:
             out.append(

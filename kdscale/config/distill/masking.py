@@ -1,8 +1,8 @@
-"""`distill.masking`: which tokens are hidden from an encoder, which learns to tell them."""
+"""`distill.masking`: which tokens are hidden from an encoder, which learns to tell them; and what else it may tell."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,3 +23,7 @@ class MaskingConfig(Section):
         if self.random + self.same > 1.0:
             raise ValueError(f"random ({self.random}) and same ({self.same}) must be at most 1 together")
         return self
+
+
+# What an encoder tells: hidden tokens, or the class of each document.
+EncoderTask = MaskingConfig | Literal["classes"]

@@ -91,6 +91,7 @@ class ObjectiveConfig(Section):
     reads_whole_documents: ClassVar[bool] = False  # cannot do with a rank's own positions of a sequence
     matches_layers: ClassVar[bool] = False  # has to know the layers and sizes of both models (ModelPair)
     pools: ClassVar[bool] = False  # makes one vector of a document: for encoders alone
+    of_classes: ClassVar[bool] = False  # reads what an encoder tells of the class of a document
     only_own_text: ClassVar[bool] = False  # for what the student wrote itself (distill.on_policy) alone
     only_pairs: ClassVar[bool] = False  # for pairs of answers (distill.preferences) alone
 
@@ -113,7 +114,7 @@ class ObjectiveConfig(Section):
     @property
     def reads_vocabulary(self) -> bool:
         """Whether it reads what the student's head says of tokens."""
-        return not self.matches_layers
+        return not (self.matches_layers or self.of_classes)
 
     @property
     def reads_labels(self) -> bool:

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from kdscale.config.distill.encoder_objectives import ClassificationConfig, SentenceEmbeddingsConfig
 from kdscale.config.distill.layer_objectives import AttentionConfig, HiddenStatesConfig
 from kdscale.config.distill.objective import LOSS, ObjectiveConfig, Term
 from kdscale.config.distill.schedules import Between, Schedule
-from kdscale.config.distill.sentence_objective import SentenceEmbeddingsConfig
 from kdscale.config.distill.targets import Draws, Needs
 from kdscale.config.fields import Length, named_entry
 from kdscale_kernels.divergence import DIVERGENCES, Divergence
@@ -250,6 +250,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "hidden_states": HiddenStatesConfig,
     "attention": AttentionConfig,
     "sentence_embeddings": SentenceEmbeddingsConfig,
+    "classification": ClassificationConfig,
 }
 
 
@@ -306,8 +307,10 @@ def check_objectives(entries: Sequence[ObjectiveConfig], masked: bool = False) -
     """Raises ValueError unless every column of the log has one meaning, and for what cannot be with `masked` tokens."""
     if not entries:
         raise ValueError("objectives: expected at least one")
-    if masked and (whole := [entry.name for entry in entries if isinstance(entry, SentenceEmbeddingsConfig)]):
-        raise ValueError(f"masking: does not go with {whole[0]}, which reads whole sentences")
+    if masked and (whole := [entry.name for entry in entries if entry.pools or entry.of_classes]):
+        raise ValueError(f"masking: does not go with {whole[0]}, which reads whole texts")
+    if pooled := [entry.name for entry in entries if entry.pools and any(other.of_classes for other in entries)]:
+        raise ValueError(f"objectives: {pooled[0]} reads all positions of a text, and classification its first alone")
     names = [term.name for term in log_columns(entries)]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"objectives: each may appear once, and no two may log the same column; twice: {doubled}")

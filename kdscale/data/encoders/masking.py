@@ -13,7 +13,7 @@ import hashlib
 
 import numpy as np
 
-from kdscale.config.distill.masking import MaskingConfig
+from kdscale.config.distill.masking import EncoderTask, MaskingConfig
 from kdscale.data.mixing import GOLDEN, mix64
 from kdscale.data.packing import IGNORED_LABEL, PackedSequence
 from kdscale.data.token_store import EncoderTokens
@@ -22,9 +22,9 @@ from kdscale.errors import ConfigError
 _CHOSEN, _KIND, _TOKEN = range(3)  # what a draw decides
 
 
-def check_masking(tokens: EncoderTokens | None, masking: MaskingConfig | None) -> None:
+def check_task(tokens: EncoderTokens | None, task: EncoderTask | None) -> None:
     """Raises ConfigError where tokens are to be hidden and there is no token that stands for them."""
-    if masking is not None and (tokens is None or tokens.mask_id is None):
+    if isinstance(task, MaskingConfig) and (tokens is None or tokens.mask_id is None):
         raise ConfigError(
             "distill.masking", expected="an encoder whose tokenizer has a mask token",
             got="a decoder, which reads the text as it is" if tokens is None else "a tokenizer without one",

@@ -37,6 +37,18 @@ def checked_text(text: Any, what: str) -> str:
     return text
 
 
+def class_of(record: dict[str, Any], source: SourceConfig, where: str) -> int | str | None:
+    """What the record's `class_field` says. Raises DataError for what is neither a number nor a name."""
+    value = None if source.class_field is None else record.get(source.class_field)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | str)):
+        raise DataError(
+            f"{where}, field {source.class_field!r}",
+            expected="the number or the name of a class",
+            got=repr(value)[:100],
+        )
+    return value
+
+
 def label_of(record: dict[str, Any], source: SourceConfig, default: str) -> str:
     """What the record's `source_field` says, else `default`."""
     label = record.get(source.source_field) if source.source_field is not None else None

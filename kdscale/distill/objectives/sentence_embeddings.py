@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdscale.config.distill.encoder_objectives import SentenceEmbeddingsConfig
 from kdscale.config.distill.objective import ModelPair
-from kdscale.config.distill.sentence_objective import SentenceEmbeddingsConfig
 from kdscale.config.distill.targets import FINAL
 from kdscale.distill.objectives.base import StudentOutput
 from kdscale.distill.objectives.hidden_states import projection_of

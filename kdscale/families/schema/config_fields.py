@@ -72,10 +72,12 @@ class SizeField(Strict):
     Either one field with what is taken when it is absent, or the sum of several. `optional`: it may be 0 or null, and
     then it counts as 0, and tensors with it are not there. `begins_after`: a config field whose value is the last row
     that stands for no position of a text (padding's row). `of_layers`: its name in the entries of the family's
-    `layer_overrides`, where newer configs say it.
+    `layer_overrides`, where newer configs say it. `entries`: instead of `field`, one whose entries are counted (the
+    names of classes).
     """
 
     field: Name | None = None
+    entries: Name | None = None
     absent: int | None = None
     sum: dict[Name, int] = Field(default={})
     optional: bool = False
@@ -84,8 +86,13 @@ class SizeField(Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> SizeField:
-        if (self.field is None) != (self.absent is None) or (self.field is None) != bool(self.sum):
-            raise ValueError("needs either field and absent, or sum")
+        named = self.field or self.entries
+        if (
+            (named is None) != (self.absent is None)
+            or (named is None) != bool(self.sum)
+            or (self.field is not None and self.entries is not None)
+        ):
+            raise ValueError("needs either field or entries, and absent, or sum")
         return self
 
 

@@ -37,7 +37,9 @@ from kdscale.families.schema.config_fields import (
 )
 from kdscale.families.schema.gguf import Gguf
 from kdscale.families.schema.layer_kinds import LayerKinds
-from kdscale.families.schema.tensors import Drop, LayerSites, Norm, Sites, TensorTemplate, Tie
+from kdscale.families.schema.tensors import ClassHead, Drop, LayerSites, Norm, Sites, TensorTemplate, Tie
+
+HeadKind = Literal["masked_lm", "none", "classes"]
 
 
 class FamilyData(Strict):
@@ -48,7 +50,8 @@ class FamilyData(Strict):
     architectures: tuple[Name, ...] = Field(strict=False, min_length=1)
     chosen: Chosen | None = None  # which configs it is about, where another file has the same model type
     # of encoders, whose positions see those after them too: what stands on each architecture; empty: a causal LM
-    heads: dict[Name, Literal["masked_lm", "none"]] = Field(default={})
+    heads: dict[Name, HeadKind] = Field(default={})
+    class_head: ClassHead | None = None  # of encoders with an architecture that tells classes
     dims: dict[DimName, DimField]
     uncut: dict[DimName, Name] = Field(default={})  # axes that no student has fewer of, and why
     sizes: dict[Name, SizeField] = Field(default={})
@@ -102,9 +105,10 @@ class FamilyData(Strict):
             listed.add(self.chosen.field)
         if missing := listed - {entry.field for entry in self.layer_lists}:
             raise ValueError(f"layer_kinds, chosen: {', '.join(missing)} is not in layer_lists")
-        for kinds in itertools.product(*(rule.names for rule in self.layer_kinds)):
+        of_layer = itertools.product(*(rule.names for rule in self.layer_kinds))
+        for kinds, name in itertools.product(of_layer, self.architectures):
             sites = self.sites_of(kinds)
-            there = [t for t in self.tensors if self.exists_in(t, kinds)]
+            there = [t for t in self.tensors if self.exists_in(t, kinds) and name in (t.architectures or (name,))]
             for role, needs, given in (
                 ("down", "either ffn, or experts and router", sites.ffn or sites.experts), ("o", "heads", sites.heads),
                 ("ssm_out", "ssm", sites.ssm), ("conv_out", "conv", sites.conv),
@@ -144,8 +148,10 @@ class FamilyData(Strict):
         sites: dict[str, Any] = {site: getattr(self.sites, site).removeprefix(prefix) for site in outside}
         if self.heads[name] == "none":
             sites |= {"head": "", "transform": ()}
-        if not any(t.role == "pooler" for t in tensors):
-            sites["pooler"] = ""
+        elif self.heads[name] == "classes" and self.class_head is not None:
+            sites |= {"head": self.class_head.head, "transform": self.class_head.transform}
+        else:
+            sites["pooler"] = ""  # transformers' model has none
         return self.model_copy(
             update={
                 "architectures": (name,),
@@ -161,6 +167,8 @@ class FamilyData(Strict):
     def _heads_are_of_architectures(self) -> FamilyData:
         if self.heads and set(self.heads) != set(self.architectures):
             raise ValueError(f"heads: expected an entry for each of {', '.join(self.architectures)}")
+        if ("classes" in self.heads.values()) != (self.class_head is not None):
+            raise ValueError("class_head: needed where an architecture tells classes, and of no use elsewhere")
         if unknown := {name for t in self.tensors for name in t.architectures} - set(self.heads):
             raise ValueError(f"tensors: architectures names {sorted(unknown)}, which heads lacks")
         return self

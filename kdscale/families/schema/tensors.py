@@ -39,7 +39,7 @@ _ROLES_OF: dict[Component, tuple[str, ...]] = {
         *(f"act_{constant}" for constant in ("alpha_p", "alpha_n", "beta", "eps")),  # of an activation that has weights
     ),
     "norm": (*_NORMS, *(f"{norm}_bias" for norm in _NORMS if norm not in _NORMS_WITHOUT_BIAS)),
-    # pooler: between an encoder and its classes; transform: between an encoder and the head that tells hidden tokens
+    # pooler: beside an encoder without a head; transform: between an encoder and its head
     "head": (
         "head", "head_bias", "pooler", "pooler_bias", "transform", "transform_bias", "transform_norm",
         "transform_norm_bias",
@@ -135,6 +135,18 @@ class Drop(Strict):
         return self.tensors.replace(LAYERS, str(layers())) if LAYERS in self.tensors else self.tensors
 
 
+class ClassHead(Strict):
+    """Of an encoder: what stands on the architecture that tells classes, as `head` and `transform` of Sites.
+
+    `pooling`: the config field that says what of a text's hidden states goes through it, `cls` (its first one) or
+    `mean`; without one the first.
+    """
+
+    head: Name
+    transform: tuple[str, ...] = Field(strict=False, default=())
+    pooling: Name | None = None
+
+
 class LayerSites(Strict):
     """Module paths inside one layer. Either `ffn`, or `experts` and `router`, and then perhaps `shared`."""
 
@@ -165,7 +177,8 @@ class Sites(LayerSites):
     final_norm: str = ""  # empty: the last layer ends with a norm (BERT)
     rotary: str = ""  # empty: positions are learned
     head: str = ""
-    # of an encoder: what its hidden states go through before the head, in order: modules, or `gelu` for the function
+    # of an encoder: what its hidden states go through before the head, in order: modules, or the name of a function
+    # (`gelu`, `relu`, `tanh`)
     transform: tuple[str, ...] = Field(strict=False, default=())
     pooler: str = ""  # of an encoder: what its first position goes through before the classes
 

@@ -17,7 +17,10 @@ from kdscale.weights import read_config
 
 TEXT_ALONE, WITH_IMAGES = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 # by what stands on the model
-CLASS_OF = {"causal_lm": TEXT_ALONE, "masked_lm": "AutoModelForMaskedLM", "none": "AutoModel"}
+CLASS_OF = {
+    "causal_lm": TEXT_ALONE, "masked_lm": "AutoModelForMaskedLM", "none": "AutoModel",
+    "classes": "AutoModelForSequenceClassification",
+}  # fmt: skip
 
 
 def nested_family(path: Path) -> Family | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdscale.config.data import RESPONSES_SOURCE, DataConfig, SourceConfig
 from kdscale.config.root import Config
-from kdscale.errors import DataError
+from kdscale.errors import CheckpointError, DataError
 from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.runs.folder import KEPT_RESPONSES, RunFolder
 
@@ -47,10 +47,23 @@ def tokenize(context: StageContext) -> Facts:
         vocab_size=family.dims(teacher_config).vocab,
         cache=StoreCache(cache_folder()) if data.share else None,
         encoder=family.is_encoder,
+        classes=class_names(teacher_config) if family.head == "classes" else (),
     )
     for line in blend_notices(store.split("train"), context.config.distill.tokens):
         context.reporter.say(line)
     return {f"{name} tokens": f"{store.split(name).tokens:,}" for name in ("train", "heldout")}
+
+
+def class_names(config: dict[str, Any]) -> tuple[str, ...]:
+    """The names of a model's classes, by their numbers, from its config.json; a number's own where there is none.
+
+    Raises CheckpointError for names of other numbers than 0, 1, 2, …
+    """
+    named = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # as transformers has them
+    numbers = {str(number): str(name) for number, name in named.items()} if isinstance(named, dict) else {}
+    if not numbers or set(numbers) != {str(number) for number in range(len(numbers))}:
+        raise CheckpointError("config.json: id2label", expected="a name for 0, 1, 2, …", got=repr(named)[:200])
+    return tuple(numbers[str(number)] for number in range(len(numbers)))
 
 
 def with_responses(data: DataConfig, run: RunFolder) -> DataConfig:

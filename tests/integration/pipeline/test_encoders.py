@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from kdscale.config.load import build_config
 from kdscale.config.root import Config
+from kdscale.data.encoders.reading import check_reading
 from kdscale.errors import ConfigError
-from kdscale.pipeline.checks import check_reading
 from kdscale.pipeline.runner import run_until
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.progress import Reporter
+from tests.integration.prune.family_table import save_teacher
 from tests.tiny_encoder import save_tiny_encoder
 
 MASKED = {
@@ -29,6 +30,7 @@ MASKED = {
         {"name": "attention", "layers": {1: 3}},
     ],
 }
+TOLD_CLASSES = {"objectives": [{"name": "classification", "ce_weight": 0.2}], "tokens": 4 * 4 * 48, "dropout": False}
 EMBEDDED = {"objectives": [{"name": "sentence_embeddings"}], "dropout": False}
 
 
@@ -139,6 +141,28 @@ def test_a_sentence_encoder_comes_nearer_to_its_teacher_and_keeps_its_files(make
     assert not torch.equal(tensors["encoder.layer.0.output.dense.bias"], own["encoder.layer.0.output.dense.bias"])
 
 
+def test_a_classifier_comes_nearer_to_its_teacher_with_and_without_the_classes_of_texts(
+    make_config, texts, tmp_path
+) -> None:
+    lines = [json.loads(line) for line in texts.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["kind"] = [0, "LABEL_1", None][number % 3]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"sources": [{"path": str(tmp_path / "texts.jsonl"), "class_field": "kind"}], "heldout_fraction": 0.4}
+    config = make_config(tmp_path / "run", "BertForSequenceClassification", TOLD_CLASSES, data={**data, "share": False})
+    run_until(config, "eval", Reporter(quiet=True))
+    before, *_, after = validations(config)
+    assert after["class_kl"] < before["class_kl"]
+    models = json.loads((tmp_path / "run" / "eval" / "eval.json").read_text())["models"]
+    teacher, pruned, distilled = (models[name]["quality"] for name in ("teacher", "pruned", "distilled"))
+    assert distilled["class_kl"] < pruned["class_kl"]
+    assert 0 < teacher["texts_of_known_class"] < teacher["texts"]
+    assert teacher["class_agreement"] is None and 0 < teacher["class_accuracy"] < 1
+    weights, cut = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("student", "pruned"))
+    for name in ("classifier.weight", "bert.pooler.dense.weight"):  # the head is trained and exported
+        assert not torch.equal(weights[name], cut[name]), name
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("architecture", "distill"),
@@ -160,6 +184,9 @@ def test_encoders_of_other_families_come_nearer_to_their_teacher(make_config, tm
         ("BertModel", {}, {}, "token_divergence"),
         ("BertForMaskedLM", {}, {}, "distill.masking"),
         ("BertForMaskedLM", {"on_policy": {"prompt_tokens": 8, "max_new_tokens": 8}}, {}, "distill.on_policy"),
+        ("BertForSequenceClassification", EMBEDDED, {}, "classification among them"),
+        ("BertModel", TOLD_CLASSES, {}, "tells none"),
+        ("BertModel", EMBEDDED, {"data": {"sources": [{"path": "x", "class_field": "kind"}]}}, "class_field"),
         ("BertModel", EMBEDDED, {"quantize": {"forms": [{"name": "int8"}]}}, "quantize"),
         ("BertModel", EMBEDDED, {"eval": {"prompts": ["Once upon a time"]}}, "eval.prompts"),
         ("BertModel", EMBEDDED, {"prune": {"target_kv_bytes": "50%"}}, "target_kv_bytes"),
@@ -172,6 +199,12 @@ def test_what_an_encoder_cannot_do_is_refused_before_any_work(
     with pytest.raises(ConfigError) as refused:
         check_reading(config, Path(config.teacher.path))
     assert named in str(refused.value)
+
+
+def test_a_reranker_which_tells_one_number_is_refused(make_config, tmp_path) -> None:
+    teacher = save_teacher("bert", tmp_path / "teacher", "BertForSequenceClassification", num_labels=1)
+    with pytest.raises(ConfigError, match="two classes or more"):
+        check_reading(make_config(tmp_path / "run", "BertForSequenceClassification", TOLD_CLASSES), teacher)
 
 
 def test_what_only_an_encoder_can_do_is_refused_for_a_decoder(make_config, tmp_path, tiny_llama_dir) -> None:

@@ -24,6 +24,7 @@ from kdscale.prune.slicing import Slicer
 from kdscale.weights import Checkpoint
 from tests.integration.prune.family_table import (
     VARIANTS,
+    architectures,
     cut_of_all,
     cuts_of,
     edit_config,
@@ -84,6 +85,17 @@ def test_masked_teacher_is_the_sliced_student_on_every_axis(teacher_of, model_ty
 )
 def test_a_student_cut_on_all_axes_passes_the_self_check(teacher_of, tmp_path, model_type, compensate):
     self_checked_student(teacher_of(model_type), tmp_path / "student", compensate)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "roberta", "modernbert"])
+def test_an_encoder_that_tells_classes_is_cut_with_its_head(teacher_class, tmp_path, model_type):
+    name = next(name for name in architectures(model_type) if name.endswith("ForSequenceClassification"))
+    changes = {"classifier_pooling": "mean"} if model_type == "modernbert" else {}
+    teacher = teacher_class(save_teacher(model_type, tmp_path / "teacher", name, num_labels=3, **changes))
+    assert teacher.family.fixed_sizes["classes"] == 3
+    for cut in cuts_of(teacher.family):
+        masked_is_sliced(teacher, cut)
+    self_checked_student(teacher, tmp_path / "student", "ridge")
 
 
 @pytest.mark.parametrize("model_type", [file.stem for file in sorted(STRANGERS.glob("*.json"))])

@@ -9,11 +9,15 @@ import pytest
 
 from kdscale.config.distill.masking import MaskingConfig
 from kdscale.data.batches import LoaderState, PackedLoader
+from kdscale.data.encoders.classes import classified
 from kdscale.data.encoders.masking import masked
 from kdscale.data.encoders.whole_documents import DocumentRows
 from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.data.sentences import sentences
+from kdscale.data.sources import Document
+from kdscale.data.store_builder import class_number
+from kdscale.data.store_format import UNKNOWN_CLASS
 from kdscale.data.token_store import EncoderTokens
 from kdscale.errors import ConfigError, DataError
 
@@ -96,7 +100,7 @@ def test_shares_of_hidden_tokens_are_those_of_the_config(make_split) -> None:
 
 
 def test_the_loader_resumes_and_divides_among_ranks_as_it_does_for_decoders(split) -> None:
-    settings = {"seq_len": 16, "global_batch": 4, "seed": 3, "masking": MaskingConfig()}
+    settings = {"seq_len": 16, "global_batch": 4, "seed": 3, "task": MaskingConfig()}
     whole = PackedLoader(split, micro_batch=4, **settings)
     (ahead,), _ = next(PackedLoader(split, micro_batch=4, **settings).batches(LoaderState(3)))
     assert (ahead.input_ids_BS == whole.step(3)[0].input_ids_BS).all()
@@ -106,7 +110,7 @@ def test_the_loader_resumes_and_divides_among_ranks_as_it_does_for_decoders(spli
 
 
 def test_a_text_is_hidden_otherwise_in_the_next_epoch(split) -> None:
-    loader = PackedLoader(split, 64, 1, 1, seed=0, shuffle=False, masking=MaskingConfig(share=0.4))
+    loader = PackedLoader(split, 64, 1, 1, seed=0, shuffle=False, task=MaskingConfig(share=0.4))
     assert loader.epoch_sequences > 1
     first, second = loader.sequence(0), loader.sequence(loader.epoch_sequences)
     assert first.document_ids == second.document_ids
@@ -116,7 +120,7 @@ def test_a_text_is_hidden_otherwise_in_the_next_epoch(split) -> None:
 def test_held_out_documents_are_whole_and_their_hidden_tokens_stay_the_same(split) -> None:
     plain = eval_batches(split, 32, 2, 60)
     assert 60 <= sum(batch.token_count for batch in plain) <= 60 + 31
-    first, again = (eval_batches(split, 32, 2, 60, masking=MaskingConfig()) for _ in range(2))
+    first, again = (eval_batches(split, 32, 2, 60, task=MaskingConfig()) for _ in range(2))
     assert all((a.input_ids_BS == b.input_ids_BS).all() for a, b in zip(first, again, strict=True))
     labels = [(a.labels_BS, b.input_ids_BS) for a, b in zip(first, plain, strict=True)]
     assert all((hidden == IGNORED_LABEL).logical_or(hidden == text).all() for hidden, text in labels)
@@ -125,4 +129,33 @@ def test_held_out_documents_are_whole_and_their_hidden_tokens_stay_the_same(spli
 @pytest.mark.parametrize("encoder", [None, TOKENS._replace(mask_id=None)])
 def test_hiding_tokens_needs_an_encoder_with_a_mask_token(split, encoder) -> None:
     with pytest.raises(ConfigError, match=r"distill\.masking"):
-        PackedLoader(replace(split, encoder=encoder), 16, 1, 1, seed=0, masking=MaskingConfig())
+        PackedLoader(replace(split, encoder=encoder), 16, 1, 1, seed=0, task=MaskingConfig())
+
+
+def test_each_document_has_one_label_which_is_its_class(split) -> None:
+    known = np.array([0, 2, UNKNOWN_CLASS, 1, 0, 2, 1, 1, 0, UNKNOWN_CLASS], np.int32)
+    split = replace(split, classes_D=known)
+    loader = PackedLoader(split, 32, 2, 2, seed=4, task="classes")
+    plain = PackedLoader(split, 32, 2, 2, seed=4)
+    for number in range(plain.epoch_sequences):
+        row, before = loader.sequence(number), plain.sequence(number)
+        begins = np.flatnonzero(row.input_ids_S == CLS)
+        assert row.labels_S[begins].tolist() == known[row.document_ids].tolist()
+        assert (np.delete(row.labels_S, begins) == IGNORED_LABEL).all()
+        assert (row.input_ids_S == before.input_ids_S).all()
+    assert classified(before, replace(split, classes_D=None)).labels_S.max() == UNKNOWN_CLASS  # none is known
+    held_out = eval_batches(replace(split, token_bytes_T=split.tokens_T), 32, 2, 10**6, task="classes")
+    assert sum(batch.token_count for batch in held_out) == split.documents
+
+
+@pytest.mark.parametrize(("said", "number"), [(None, UNKNOWN_CLASS), (1, 1), ("bad", 0), ("good", 1)])
+def test_a_class_is_a_number_or_a_name(said, number) -> None:
+    assert class_number(Document("text", "file", 3, class_=said), ("bad", "good")) == number
+
+
+@pytest.mark.parametrize(
+    ("said", "names"), [(2, ("bad", "good")), (-1, ("bad", "good")), ("ugly", ("bad", "good")), (0, ())]
+)
+def test_a_class_that_the_teacher_does_not_tell_is_refused(said, names) -> None:
+    with pytest.raises(DataError, match=f"document 3 of file is of the class {said!r}"):
+        class_number(Document("text", "file", 3, class_=said), names)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kdscale.config.distill.encoder_objectives import SentenceEmbeddingsConfig
 from kdscale.config.distill.objective import ModelPair
-from kdscale.config.distill.sentence_objective import SentenceEmbeddingsConfig
 from kdscale.config.distill.targets import FINAL
 from kdscale.distill.objectives.base import StudentOutput
 from kdscale.distill.objectives.sentence_embeddings import SentenceEmbeddings

@@ -1,13 +1,16 @@
-"""The entry of `distill.objectives` for encoders that embed sentences."""
+"""The entries of `distill.objectives` for encoders that embed sentences, or tell the class of a text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from kdscale.config.distill.masking import EncoderTask, MaskingConfig
 from kdscale.config.distill.objective import LayersRead, ModelPair, ObjectiveConfig, Term
+from kdscale.config.distill.schedules import Between, Schedule
 from kdscale.config.distill.targets import FINAL, Needs
 
 Pooling = Literal["mean", "cls"]
@@ -60,3 +63,43 @@ class SentenceEmbeddingsConfig(ObjectiveConfig):
     def formula(self) -> str:
         """`1 − cosine + 10 · squared error of cosines, of sentence embeddings (mean)`."""
         return f"1 − cosine + {self.similarity_weight:g} · squared error of cosines, of sentence embeddings"
+
+
+class ClassificationConfig(ObjectiveConfig):
+    """α·CE + (1−α)·T²·KL of the teacher's classes; α is 0 for a text whose class is not known (`class_field`).
+
+    Each document counts once: it is one of the "tokens" that a step counts.
+    """
+
+    implementation = "kdscale.distill.objectives.classification:Classification"
+    terms = (
+        Term("class_kl", "divergence of the classes", "nats", better="lower"),
+        Term("class_agreement", "class as the teacher's", "fraction", headline=True, better="higher"),
+    )
+    reads_whole_documents = True
+    of_classes = True
+
+    name: Literal["classification"] = "classification"
+    ce_weight: Annotated[float | Schedule, Between(0.0, 1.0)] = 0.0
+    temperature: Annotated[float | Schedule, Between(1e-3, 1e3, above=True)] = 2.0
+
+    @property
+    def reads_labels(self) -> bool:
+        """Where α is above 0, now or later in its schedule."""
+        return self.ce_weight != 0.0
+
+    @property
+    def needs(self) -> Needs:
+        """What the teacher gives to every class."""
+        return Needs(full=True)
+
+    @property
+    def formula(self) -> str:
+        """What is minimised, in one line."""
+        weight = self.ce_weight if isinstance(self.ce_weight, Schedule) else f"{self.ce_weight:g}"
+        return f"α·CE + (1−α)·T²·KL of the classes, α = {weight} where the class is known, T = {self.temperature:g}"
+
+
+def task_of(objectives: Iterable[ObjectiveConfig], masking: MaskingConfig | None) -> EncoderTask | None:
+    """What an encoder is to tell, by the objectives that it learns by."""
+    return "classes" if any(entry.of_classes for entry in objectives) else masking
