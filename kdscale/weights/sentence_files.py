@@ -14,8 +14,12 @@ from kdscale.files import read_json, safe_join, write_json
 
 MODULES = "modules.json"
 _KNOWN = ("Transformer", "Pooling", "Normalize")
-_WIDTH = "word_embedding_dimension"
-_POOLINGS: dict[str, Literal["mean", "cls"]] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+# Before version 6 the pooling's file has a flag for each way of pooling, since then the name of one.
+_WIDTHS = ("word_embedding_dimension", "embedding_dimension")
+_MODE = "pooling_mode"
+_POOLINGS: dict[str, Literal["mean", "cls"]] = {
+    "mean": "mean", "cls": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls",
+}  # fmt: skip
 
 
 def pooling_of(folder: Path) -> Literal["mean", "cls"] | None:
@@ -34,10 +38,11 @@ def pooling_of(folder: Path) -> Literal["mean", "cls"] | None:
         )  # fmt: skip
     file = _pooling_file(folder, modules)
     settings = read_json(file, CheckpointError, expect=dict)
-    on = [name for name, value in settings.items() if name.startswith("pooling_mode") and value is True]
+    said = settings.get(_MODE)
+    on = [said] if isinstance(said, str) else [name for name, value in settings.items() if _is_on(name, value)]
     if len(on) != 1 or on[0] not in _POOLINGS:
-        got = ", ".join(on) or "none of them"
-        raise CheckpointError(f"{file}: pooling_mode", expected=" or ".join(_POOLINGS), got=got)
+        got = ", ".join(on) if said is None else repr(said)[:100]
+        raise CheckpointError(f"{file}: {_MODE}", expected=" or ".join(_POOLINGS), got=got or "none of them")
     return _POOLINGS[on[0]]
 
 
@@ -45,8 +50,13 @@ def fit_pooling(folder: Path, hidden: Any) -> None:
     """Write the width of a student of `hidden` channels into its pooling file, where that says another one."""
     file = _pooling_file(folder, read_json(folder / MODULES, CheckpointError, expect=list))
     settings = read_json(file, CheckpointError, expect=dict)
-    if settings.get(_WIDTH, hidden) != hidden:
-        write_json(file, {**settings, _WIDTH: hidden})
+    if any(settings.get(name, hidden) != hidden for name in _WIDTHS):
+        write_json(file, {**settings, **{name: hidden for name in _WIDTHS if name in settings}})
+
+
+def _is_on(name: str, value: Any) -> bool:
+    """Whether this is the flag of a way of pooling that is taken."""
+    return name.startswith(f"{_MODE}_") and value is True
 
 
 def _pooling_file(folder: Path, modules: list[Any]) -> Path:
