@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kdscale.config.fields import Count, Section
 
@@ -119,6 +119,12 @@ class SourceConfig(Section):
     def name(self) -> str:
         """What a blend calls it."""
         return self.tag or self.path
+
+    @model_serializer(mode="wrap")
+    def _without_unknown_classes(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What runs of older versions wrote has no such field: their text is still the same."""
+        written: dict[str, Any] = dump(self)
+        return {name: value for name, value in written.items() if name != "class_field" or value is not None}
 
     @model_validator(mode="after")
     def _hub_sets_have_names(self) -> SourceConfig:

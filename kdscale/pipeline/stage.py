@@ -177,7 +177,7 @@ def _decisive(stage: Stage, made_from: dict[str, Any]) -> dict[str, Any]:
         section, _, field = dotted.rpartition(".")
         if field in config.get(section, {}):
             config = {**config, section: {key: value for key, value in config[section].items() if key != field}}
-    return {**made_from, "config": config}
+    return {key: value for key, value in {**made_from, "config": config}.items() if value or key != "derived"}
 
 
 def _files_read(stage: Stage, context: StageContext) -> tuple[str, ...]:

@@ -54,6 +54,11 @@ def tokenize(context: StageContext) -> Facts:
     return {f"{name} tokens": f"{store.split(name).tokens:,}" for name in ("train", "heldout")}
 
 
+def what_it_depends_on(context: StageContext) -> Facts:
+    """Settings that older versions did not have, where they say something."""
+    return {"sentences": True} if context.config.data.sentences else {}
+
+
 def class_names(config: dict[str, Any]) -> tuple[str, ...]:
     """The names of a model's classes, by their numbers, from its config.json; a number's own where there is none.
 

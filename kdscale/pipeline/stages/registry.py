@@ -55,7 +55,7 @@ STAGES: dict[str, Stage] = {
                 "data.add_special", "data.chat_template", "data.deduplicate", "data.blend",
                 "data.leaks", "data.leak_tokens", "data.leak_sources",
             ),
-            model="teacher", model_files=("config.json", *folder.TOKENIZER),
+            depends_on=data.what_it_depends_on, model="teacher", model_files=("config.json", *folder.TOKENIZER),
             reads=(folder.KEPT_RESPONSES,), writes=(folder.DATA,), check_after=data.check_text,
             memory=("data.processes",),
         ),

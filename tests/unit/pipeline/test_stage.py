@@ -22,9 +22,11 @@ from kdscale.pipeline.stage import (
     StageContext,
     changed_inputs,
     explain_lack_of_memory,
+    inputs_of,
     refuse_to_lose_progress,
     run_stage,
 )
+from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runs.digests import digest_file
 from kdscale.runs.folder import Artifact, RunFolder
 from kdscale.runtime.progress import Reporter
@@ -342,3 +344,18 @@ def test_a_stage_without_memory_says_what_needs_less(
 def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a bug"), explain_lack_of_memory(Bench(tmp_path).first):
         raise RuntimeError("a bug")
+
+
+def test_text_is_tokenised_anew_for_settings_that_older_versions_did_not_have_and_only_then(bench: Bench) -> None:
+    def made_from(**data: Any) -> dict[str, Any]:
+        context = StageContext(config(data=data), bench.run, bench.run.path.parent / "teacher", Reporter(quiet=True))
+        return inputs_of(STAGES["data"], context)
+
+    plain, source = made_from(), {"path": "builtin:classics"}
+    assert "derived" not in plain and "class_field" not in plain["config"]["data.sources"][0]
+    for data, named in (
+        ({"sentences": True}, "derived"),
+        ({"sources": [{**source, "class_field": "kind"}]}, "sources"),
+    ):
+        (line,) = changed_inputs(plain, made_from(**data))
+        assert named in line
