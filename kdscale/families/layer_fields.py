@@ -118,6 +118,8 @@ def overrides(data: FamilyData, config: Config, where: str) -> dict[str, Any]:
 def listed(entry: LayerList, config: Config, where: str) -> Any:
     """What the config has in the list's field, or says in letters; None where it says nothing."""
     values, letters = config.get(entry.field), entry.letters
+    if values == [] and entry.empty_is_absent:
+        return None
     if values is not None or letters is None or (text := config.get(letters.field)) is None:
         return values
     if not isinstance(text, str) or set(text) - set(letters.of):

@@ -179,6 +179,8 @@ def attend(
     """
     _check(module, attention_mask, documents, other)
     assert documents is not None
+    if (chunk := _chunk(module)) is not None:
+        documents = documents.in_chunks(chunk)
     causal = other.get("is_causal")
     causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
     if ulysses is not None:
@@ -191,17 +193,47 @@ def attend(
                 hint="set distill.sequence_parallel=1",
             )
     batch, _, length, head_dim = query_BASD.shape
+    _check_scale(module, batch, length, documents, ulysses)
     kind = AttentionKind(
         head_dim**-0.5 if scaling is None else scaling, sliding_window, softcap, dropout, causal, s_aux
     )
     chosen = choose(query_BASD.device, query_BASD.dtype, head_dim, softcap, dropout > 0)
     backend = chosen.backend if s_aux is None else KNOWS_SINKS
     rows = AttentionRows(_rows(query_BASD), _rows(key_BGSD), _rows(value_BGSD), kind)
+    if record is not None and chunk is not None:
+        raise CheckpointError(
+            f"{type(module).__name__}: attention in chunks of {chunk} positions", expected="whole documents",
+            got="a layer whose attention is to be matched", hint="match other layers",
+        )  # fmt: skip
     if record is not None:
         record(module, rows)
     out_TAD = backend.attend(rows.query_TAD, rows.key_TGD, rows.value_TGD, documents, kind)
     out_BSAD = out_TAD.unflatten(0, (batch, length))
     return (out_BSAD if ulysses is None else ulysses.positions(out_BSAD.transpose(1, 2))).contiguous(), None
+
+
+def _chunk(module: Any) -> int | None:
+    """Positions that a layer's attention goes over at a time, from the beginning of a document; None: all of them."""
+    config = getattr(module, "config", None)
+    size: int | None = getattr(config, "attention_chunk_size", None)
+    types = (getattr(config, "layer_types", None) or ()) if size else ()
+    return size if types and types[module.layer_idx] == "chunked_attention" else None
+
+
+def _check_scale(module: Any, batch: int, length: int, documents: Documents, ulysses: Exchange | None) -> None:
+    """Refuse rows in which queries were scaled by a place that is not theirs (layers of Llama 4 without positions).
+
+    The scale changes every `floor_scale` positions, counted from the beginning of the row.
+    """
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return
+    if length > module.floor_scale and (len(documents.lengths) > batch or ulysses is not None):
+        raise CheckpointError(
+            f"{type(module).__name__}: floor_scale",
+            expected=f"rows of at most {module.floor_scale} positions, or of one document on one rank",
+            got=f"rows of {length} positions",
+            hint="lower distill.seq_len and importance.seq_len",
+        )
 
 
 def _rows(x_BASD: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ B sequences, S positions, T = B·S positions one row after another, D documents,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -55,6 +56,16 @@ class Documents:
         """(how many, their length) of neighbours of equal length, in order."""
         for length, run in groupby(self.lengths):
             yield len(list(run)), length
+
+    def in_chunks(self, size: int) -> Documents:
+        """Each cut into pieces of `size` positions and a rest, which attention in chunks keeps apart as well."""
+        chunks: Documents = self.once(("chunks", size), lambda: self._in_chunks(size))
+        return chunks
+
+    def _in_chunks(self, size: int) -> Documents:
+        lengths = [min(size, length - begin) for length in self.lengths for begin in range(0, length, size)]
+        bounds_D1 = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        return Documents(tuple(lengths), bounds_D1.to(self.bounds_D1.device))
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns, made for the first layer that asks for `key`."""

@@ -87,6 +87,14 @@ def logit_scale(model: Any) -> float:
     return float(factor or 1.0) * float(getattr(config, "lm_head_multiplier", None) or 1.0) / float(divisor or 1.0)
 
 
+def without_head(model: Any) -> Any:
+    """The model below its head, also of one that has it under another name than its class says (Llama 4)."""
+    base = model.base_model
+    if base is not model or model.get_output_embeddings() is None:
+        return base
+    return next((part for part in model.children() if hasattr(part, "get_input_embeddings")), model)
+
+
 def final_hidden(
     model: Any,
     input_ids_BS: torch.Tensor,
@@ -107,7 +115,7 @@ def final_hidden(
     encoder = encoder_parts(model)
     if encoder is not None:
         position_ids_BS = places_BS.to(input_ids_BS.device) + encoder.first_position
-    output = model.base_model(
+    output = without_head(model)(
         input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=None, **without_cache(encoder),
         **to_attention(model, places_BS, documents, input_ids_BS.device), **more,
     )  # fmt: skip

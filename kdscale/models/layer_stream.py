@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from kdscale.errors import DataError
 from kdscale.families import Family, Sites, TensorSpec
 from kdscale.families.cuttable import ending_well
 from kdscale.models.attention import attend_within_documents, to_attention
-from kdscale.models.head import OutputHead, encoder_parts, head_of, logit_scale, without_cache
+from kdscale.models.experts import weigh_inputs
+from kdscale.models.head import OutputHead, encoder_parts, head_of, logit_scale, without_cache, without_head
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.loading import auto_class, built_config, explain_library_errors
 from kdscale.models.parameter_map import assemble
@@ -61,7 +62,7 @@ class DecoderLayer:
             for spec in family.layer_tensors(config, index).values()
             if spec.role.startswith("router")
         }
-        self._base: Any = model.base_model
+        self._base: Any = without_head(model)
         self._encoder = encoder_parts(model)
         self.module: nn.Module = model.get_submodule(f"{family.sites.layers}.0")
 
@@ -124,7 +125,7 @@ class LayerStream:
         replace_module(model, sites.layers, nn.ModuleList())
         self._leave_out(model, sites.final_norm, sites.pooler)
         change(model)
-        base, encoder = cast(Any, model).base_model, encoder_parts(model)
+        base, encoder = without_head(model), encoder_parts(model)
         if encoder is not None:
             move_buffers(model, self.device)
         first = encoder.first_position if encoder is not None else 0
@@ -251,6 +252,8 @@ class LayerStream:
             layers = list(model.get_submodule(self.family.sites.layers).children())
             replace_module(model, self.family.sites.layers, nn.ModuleList([layers[built.index(index)]]))
         encoder_parts(model)  # found once, while nothing is left out
+        if self.family.data.experts_weigh == "input" and (sites := self.family.layer_sites(self.config, index)).experts:
+            weigh_inputs(model.get_submodule(f"{sites.layers}.0"), sites)
         attend_within_documents(model)
         return model.eval().requires_grad_(False)
 

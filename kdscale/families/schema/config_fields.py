@@ -203,6 +203,7 @@ class LayerList(Strict):
     `said_too` are fields that give the interval of the list a second time, for older readers. `letters`: a text that
     says it where the list is absent; a student whose layers are cut has the list instead. `last`: what transformers
     makes the last entry, whatever the config says, so that no student ends with a layer of another kind.
+    `empty_is_absent`: an empty list says as little as none.
     """
 
     field: Name
@@ -210,6 +211,7 @@ class LayerList(Strict):
     said_too: tuple[Name, ...] = Field(strict=False, default=())
     letters: Letters | None = None
     last: Name | None = None
+    empty_is_absent: bool = False
 
 
 class LayerBoundary(Strict):

@@ -58,6 +58,7 @@ class FamilyData(Strict):
     products: tuple[ProductField, ...] = Field(strict=False, default=())
     experts_per_token: DimField | None = None
     expert_groups: ExpertGroups | None = None
+    experts_weigh: Literal["output", "input"] = "output"  # what of an expert is multiplied by its weight for a token
     flags: dict[str, FlagField]
     requires: tuple[Requirement, ...] = Field(strict=False, default=())
     constraints: tuple[Constraint, ...] = Field(strict=False)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdscale.models.experts import down_weight, expert_units, experts_call, routing_among_kept
+from kdscale.models.experts import down_weight, expert_units, experts_call, routing_among_kept, weighed
 from kdscale.models.hidden_states import HiddenStates, Scratch
 from kdscale.models.layer_stream import DecoderLayer
 from kdscale.prune.compensation.recovered_error import RecoveredErrors
@@ -105,8 +105,8 @@ class ExpertInputs:
             for hidden_ND, routed_ND in zip(self._inputs, self._routed, strict=True):
                 routing = routing_among_kept(self._layer, kept, routed_ND)
                 for expert in group:
-                    token_n, weight_n = routing.of(expert)
-                    units_nF = expert_units(experts, expert, hidden_ND[token_n]).float() * weight_n[:, None]
+                    _, read_nD, weight_n = weighed(experts, hidden_ND, routing, expert)
+                    units_nF = expert_units(experts, expert, read_nD).float() * weight_n[:, None]
                     target_nD = units_nF @ down_weight(experts, expert)[rows_D].float().T
                     units = kept_units(slicer, position, expert, units_nF.device)
                     yield Equations(expert, units_nF[:, units], target_nD, units_nF)

@@ -31,7 +31,15 @@ from torch import Tensor
 from kdscale.config.prune import PruneConfig
 from kdscale.families.schema import COMPONENT_OF
 from kdscale.files import remove_tree
-from kdscale.models.experts import Routing, down_weight, expert_units, experts_call, routing_among_kept
+from kdscale.models.experts import (
+    Routing,
+    down_weight,
+    expert_units,
+    experts_call,
+    routing_among_kept,
+    weighed,
+    weight_sums,
+)
 from kdscale.models.hidden_states import ACTIVATION_BYTES, IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, EnoughSeenError, LayerStream, TokenBatch
@@ -325,18 +333,19 @@ class _BothLayers:
         output_ND = self._teacher_output("down").flatten(0, -2)
         for routing, target, model in ((in_teacher, output_ND, _TEACHER), (in_student, target_ND, _STUDENT)):
             mixed_ND = teacher_experts.forward(teacher_ND, *routing)[:, self._kept_D].float()  # not through the hooks
-            left_ND = (target - mixed_ND) / routing.weights_NT.float().sum(-1, keepdim=True)
+            left_ND = (target - mixed_ND) / weight_sums(teacher_experts, routing)
             for expert in group:
-                token_n, weight_n = routing.of(expert)
+                token_n, read_nD, weight_n = weighed(teacher_experts, teacher_ND, routing, expert)
                 weight_n1 = weight_n[:, None]
-                units_nF = expert_units(teacher_experts, expert, teacher_ND[token_n]).float() * weight_n1
+                units_nF = expert_units(teacher_experts, expert, read_nD).float() * weight_n1
                 output_nD = units_nF @ down_weight(teacher_experts, expert)[self._kept_D].float().T
                 target_nD = output_nD + weight_n1 * left_ND[token_n]
                 if model == _TEACHER:
                     x_nK = units_nF[:, kept_units(slicer, self.position, expert, units_nF.device)]
                     yield Equations(expert, x_nK, target_nD, units_nF)
                 else:
-                    units_nK = expert_units(student_experts, kept.index(expert), student_ND[token_n])
+                    _, read_nD, _ = weighed(student_experts, student_ND, routing, expert)
+                    units_nK = expert_units(student_experts, kept.index(expert), read_nD)
                     yield Equations(expert, units_nK.float() * weight_n1, target_nD, None)
 
     def _see_routed(self, _router: Any, args: tuple[Tensor, ...]) -> None:

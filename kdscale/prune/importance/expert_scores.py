@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdscale.models.experts import down_weight, expert_output, expert_units, experts_call
+from kdscale.models.experts import down_weight, expert_output, expert_units, experts_call, weighed
 from kdscale.runtime.ranks import all_reduce_sum
 
 
@@ -57,10 +57,10 @@ class ExpertSums:
     def _add(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         hidden_ND, routing = experts_call(args, kwargs)
         for expert in range(len(self._norms_E)):
-            token_n, weight_n = routing.of(expert)
+            token_n, read_nD, weight_n = weighed(module, hidden_ND, routing, expert)
             if not len(token_n):
                 continue
-            units_nF = expert_units(module, expert, hidden_ND[token_n])
+            units_nF = expert_units(module, expert, read_nD)
             output_nD = expert_output(module, expert, units_nF).float()
             self._norms_E[expert] += (output_nD.norm(dim=-1) * weight_n).sum().double()
             self._squares_EF[expert] += (units_nF.float() * weight_n[:, None]).square().sum(0).double()

@@ -31,8 +31,9 @@ ATTENTION_ALONE = sorted(
 )
 # softmax in fp32 whatever the model's dtype, in transformers' eager attention
 TOLERANCE = {"gemma2": 1e-5}
-# gpt-oss itself lets packed documents see each other: it has a test of its own
-APART = sorted(set(ATTENTION_ALONE) - {"gpt_oss"})
+# gpt-oss itself lets packed documents see each other, and Llama 4's chunks begin with the row: they have tests of their
+# own
+APART = sorted(set(ATTENTION_ALONE) - {"gpt_oss", "llama4_text"})
 PLAIN = torch.arange(32).expand(len(LENGTHS), -1)
 
 
@@ -255,3 +256,20 @@ def test_a_run_is_the_one_with_dense_masks_up_to_rounding(distil, tmp_path, monk
     for row, dense in zip(rows, distil(tmp_path / "dense", **settings), strict=True):
         assert row["loss"] == pytest.approx(dense["loss"], abs=1e-5)
         assert row.get("grad_norm", 0.0) == pytest.approx(dense.get("grad_norm", 0.0), rel=1e-4)
+
+
+def test_chunks_begin_with_their_document():
+    model = tiny_model("llama4_text", attention_chunk_size=6)
+    with torch.no_grad():
+        alone = [
+            model.model(input_ids=part[None]).last_hidden_state[0]
+            for row, lengths in zip(token_ids(), LENGTHS, strict=True)
+            for part in row.split(lengths)
+        ]
+        attend_within_documents(model)
+        packed = final_hidden(model, token_ids(), positions()).flatten(0, 1)
+        torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=0)  # it rotates in fp32
+        model = tiny_model("llama4_text", floor_scale=16)
+        attend_within_documents(model)
+        with pytest.raises(CheckpointError, match="rows of at most 16 positions"):
+            final_hidden(model, token_ids(), positions())

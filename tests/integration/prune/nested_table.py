@@ -40,6 +40,16 @@ WHOLE: dict[str, dict[str, Any]] = {
             "num_key_value_heads": 2, "head_dim": 8, "patch_size": 14, "position_embedding_size": 16,
         },
     },
+    "llama4": {
+        "text_config": {
+            "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size_mlp": 80, "moe_layers": [0, 2],
+            "no_rope_layers": [1, 0, 1], "attention_chunk_size": 12,
+        },
+        "vision_config": {
+            **VISION, "intermediate_size": 64, "vision_output_dim": 16, "projector_input_dim": 16,
+            "projector_output_dim": 16,
+        },
+    },
     "mistral3": {
         "text_config": {"model_type": "mistral"},
         "vision_config": {"model_type": "pixtral", "head_dim": 8, **VISION},

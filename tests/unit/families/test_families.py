@@ -40,6 +40,8 @@ SEVERAL_KINDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"mlp_only_layers": [0, 3]}),
     ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}),
     ("qwen3_next", {"mlp_only_layers": [0, 3], "layer_types": ["full_attention"] * 6}),
+    ("llama4_text", {"interleave_moe_layer_step": 2}),
+    ("llama4_text", {"moe_layers": [1, 2]}),
     ("glm4_moe", {"first_k_dense_replace": 2, "use_qk_norm": True, "attention_bias": True}),
     ("deepseek_v3", {"first_k_dense_replace": 3, "n_group": 2, "topk_group": 1}),
     ("deepseek_v2", {"first_k_dense_replace": 1, "q_lora_rank": None, "attention_bias": True, "mlp_bias": True}),
@@ -220,7 +222,8 @@ def test_sites_are_modules_of_the_model_and_have_the_axes(model_type: str) -> No
         for role, writer in layer_writers(family, config, index).items():
             if writer.of_experts:
                 experts = layer.get_submodule(writer.path)
-                shape = (dims.ffn, dims.hidden) if experts.is_transposed else (dims.hidden, dims.ffn)
+                turned = getattr(experts, "is_transposed", family.data.experts_weigh == "input")
+                shape = (dims.ffn, dims.hidden) if turned else (dims.hidden, dims.ffn)
                 assert experts.down_proj.shape == (dims.experts, *shape)
                 specs = family.layer_tensors(config, index).values()
                 router = next(spec.parameter for spec in specs if spec.role == "router")

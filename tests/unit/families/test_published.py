@@ -133,6 +133,13 @@ ROUNDED: dict[str, tuple[str, dict[str, Any], float, float]] = {
     "Qwen3.5-35B-A3B": ("qwen3_5_moe_text", _sizes(2048, 0, 40, 16, 2, 248320), 35, 3.46),
     "gemma-4-31B": ("gemma4_text", _sizes(5376, 21504, 60, 32, 16, 262144, head_dim=256, **_GEMMA_4), 30.7, 30.7),
     "gemma-4-26B-A4B": ("gemma4_text", _sizes(2816, 2112, 30, 16, 8, 262144, head_dim=256, **_GEMMA_4_MOE), 25.2, 3.8),
+    "Llama-4-Scout": ("llama4_text", _sizes(5120, 8192, 48, 40, 8, 202048), 108, 17),
+    "Llama-4-Maverick": (
+        "llama4_text",
+        _sizes(5120, 8192, 48, 40, 8, 202048, num_local_experts=128, interleave_moe_layer_step=2),
+        400,
+        17,
+    ),
     "granite-4.0-h-small": (
         "granitemoehybrid",
         _sizes(4096, 768, 40, 32, 8, 100352, num_local_experts=72, num_experts_per_tok=10, **_GRANITE_4),
