@@ -322,7 +322,7 @@ def test_missing_size_and_odd_flag_are_named() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "opt"}, "llama, ministral"),
+        ({"model_type": "opt"}, "llama, llama4_text, ministral"),
         ({}, "no such field"),
         ({"model_type": ["llama"]}, "model_type"),
         (small_config("llama", architectures=["LlamaForSequenceClassification"]), "LlamaForCausalLM"),
