@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from kdscale.config.root import Config
 from kdscale.data.batches import Batch
+from kdscale.data.heldout import eval_batches
+from kdscale.data.packing import IGNORED_LABEL
 from kdscale.data.token_store import TokenStore
 from kdscale.pipeline.calibration import calibration_batches, training_loader
 from kdscale.pipeline.text_kinds import LIMIT_NATS, missing_sources, unlikeness
@@ -47,11 +50,14 @@ def _lacking(config: Config, store: TokenStore, data: Path, calibrating: Sequenc
 
 def _unlike_heldout(store: TokenStore, calibrating: Sequence[Batch], seq_len: int) -> list[str]:
     heldout = store.split("heldout")
-    numbers = np.linspace(0, heldout.documents - 1, min(heldout.documents, _COMPARED)).astype(int).tolist()
-    rows = [row.numpy() for batch in calibrating for row in batch.input_ids_BS]
-    words = unlikeness(
-        rows[:: -(-len(rows) // _COMPARED)], [heldout.document_tokens(number)[:seq_len] for number in numbers]
-    )
+    if heldout.encoder is None:
+        numbers = np.linspace(0, heldout.documents - 1, min(heldout.documents, _COMPARED)).astype(int).tolist()
+        measured = [heldout.document_tokens(number)[:seq_len] for number in numbers]
+        rows = [row.numpy() for batch in calibrating for row in batch.input_ids_BS]
+    else:  # short documents: rows of them on both sides, each with its ends, and padding left out
+        measured = _whole_documents(eval_batches(heldout, seq_len, 1, _COMPARED * seq_len))
+        rows = _whole_documents(calibrating)
+    words = unlikeness(rows[:: -(-len(rows) // _COMPARED)], measured)
     if not words.differ:
         return []
     return [
@@ -59,6 +65,12 @@ def _unlike_heldout(store: TokenStore, calibrating: Sequence[Batch], seq_len: in
         f"{words.beyond_chance:.3f} nats farther apart than chance, where {LIMIT_NATS} is the limit. Pruning fits what "
         "it sees, and costs more on other text: put some of that kind into data.sources."
     ]
+
+
+def _whole_documents(batches: Sequence[Batch]) -> list[np.ndarray]:
+    """The tokens of each row of an encoder's text, without padding."""
+    ids, labels = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("input_ids_BS", "labels_BS"))
+    return [row[of_row != IGNORED_LABEL].numpy() for row, of_row in zip(ids, labels, strict=True)]
 
 
 def _by_tag(batches: Sequence[Batch], tags: Sequence[str]) -> dict[str, float]:

@@ -180,7 +180,7 @@ class Sites(LayerSites):
     # of an encoder: what its hidden states go through before the head, in order: modules, or the name of a function
     # (`gelu`, `relu`, `tanh`)
     transform: tuple[str, ...] = Field(strict=False, default=())
-    pooler: str = ""  # of an encoder: what its first position goes through before the classes
+    pooler: str = ""  # of an encoder: what its first position goes through beside its hidden states
 
     def of_kinds(self, kinds: Iterable[LayerSites]) -> Sites:
         """These sites with what layers of some kinds have besides, or instead. Raises ValueError for two MLPs."""

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from kdscale.config.load import build_config
 from kdscale.data.token_store import TokenStore
+from kdscale.models.loading import SpecialTokens
 from kdscale.pipeline.calibration_text import calibration_notices
 from kdscale.report.facts import gather
 from kdscale.runtime.progress import Reporter
@@ -25,16 +26,20 @@ CODE = "def f(x): return x[0] if len(x) > 1 else {} import os; assert y == z; pr
 def notices(tmp_path: Path, tiny_llama_dir: Path) -> Callable[..., list[str]]:
     """The notices on sources of 40 documents each, given as name=words."""
 
-    def write(name: str, words: list[str], documents: int) -> dict[str, Any]:
+    def write(name: str, words: list[str], documents: int, length: int = 60) -> dict[str, Any]:
         rng, path = random.Random(name), tmp_path / f"{name}.jsonl"
-        texts = [" ".join(rng.choices(words, k=60)) for _ in range(documents)]
+        texts = [" ".join(rng.choices(words, k=length)) for _ in range(documents)]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         return {"path": str(path), "tag": name}
 
-    def made(tokens: int, heldout: dict[str, list[str]] | None = None, **sources: tuple[list[str], int]) -> list[str]:
-        data: dict[str, Any] = {"sources": [write(name, *of) for name, of in sources.items()], "share": False}
+    def made(
+        tokens: int, heldout: dict[str, list[str]] | None = None, encoder: bool = False,
+        **sources: tuple[list[str], int],
+    ) -> list[str]:  # fmt: skip
+        length = 6 if encoder else 60
+        data: dict[str, Any] = {"sources": [write(name, *of, length) for name, of in sources.items()], "share": False}
         if heldout:
-            data["heldout_sources"] = [write(name, words, 40) for name, words in heldout.items()]
+            data["heldout_sources"] = [write(name, words, 2400 // length, length) for name, words in heldout.items()]
         config = build_config(
             {
                 "name": "x", "run_dir": str(tmp_path), "teacher": {"path": "t"}, "prune": {"ffn": 8}, "data": data,
@@ -43,7 +48,8 @@ def notices(tmp_path: Path, tiny_llama_dir: Path) -> Callable[..., list[str]]:
             "test",
         )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
-        TokenStore.build(tmp_path / "data", config.data, tokenizer, eos_id=0, reporter=Reporter(quiet=True))
+        ends = {"special": SpecialTokens((1,), (2,)), "encoder": True} if encoder else {}
+        TokenStore.build(tmp_path / "data", config.data, tokenizer, eos_id=0, reporter=Reporter(quiet=True), **ends)
         return calibration_notices(config, tmp_path / "data")
 
     return made
@@ -61,6 +67,12 @@ def test_held_out_text_of_another_kind_is_noticed(notices: Callable[..., list[st
     (line,) = notices(2048, heldout={"exam": CODE}, books=(PROSE, 90))
     assert line.startswith("The held-out text (data.heldout_sources) is of another kind than the calibration text: ")
     assert notices(2048, heldout={"exam": PROSE}, books=(PROSE, 90)) == []
+
+
+def test_short_texts_of_an_encoder_are_compared_with_both_ends(notices: Callable[..., list[str]]) -> None:
+    assert notices(2048, heldout={"exam": PROSE}, encoder=True, books=(PROSE, 900)) == []
+    (line,) = notices(2048, heldout={"exam": CODE}, encoder=True, books=(PROSE, 900))
+    assert "is of another kind" in line
 
 
 def test_the_report_repeats_what_was_said(tmp_path: Path) -> None:
