@@ -23,7 +23,7 @@ from kdscale.config.root import Config
 from kdscale.errors import ConfigError, KdscaleError, SelfCheckError
 from kdscale.jobs.doctor import Finding, Severity, not_too_old
 from kdscale.runs.folder import RunFolder
-from kdscale.runs.lineage import distilled_from
+from kdscale.runs.lineage import distilled_from, merged_teacher
 from kdscale.runtime.exits import leave
 from kdscale.runtime.versions import PACKAGES, version_of, versions
 
@@ -219,7 +219,11 @@ def _ask_services(config: Config, teacher: Path) -> list[str] | None:
     from kdscale.teacher.remote import check_services, read_token
     from kdscale.weights import checkpoint_identity
 
-    folders = teacher_folders(config, distilled_from(RunFolder(Path(config.run_dir)), config, teacher))
+    run = RunFolder(Path(config.run_dir))
+    learned_from, merged = distilled_from(run, config, teacher), merged_teacher(config, run)
+    if merged is not None and learned_from == teacher:
+        learned_from = merged  # what will be served, once the adapters are in it
+    folders = teacher_folders(config, learned_from)
     for name, served in services:
         if not folders[name].exists():
             return ["note", f"the model that it has to serve, {folders[name]}, is not there yet"]

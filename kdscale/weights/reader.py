@@ -141,6 +141,11 @@ class Checkpoint:
         """Bytes of all tensors together, as they are read."""
         return sum(entry.nbytes for entry in self._entries.values())
 
+    @property
+    def carried_nbytes(self) -> int:
+        """Bytes of the tensors in `carried`."""
+        return sum(entry.nbytes for entry in self._carried.values())
+
     def spec(self, name: str) -> TensorInfo:
         """Shape and dtype of one tensor, as it is read."""
         entry = self._entry(name)

@@ -88,6 +88,11 @@ def check_sequence_parallel(ranks: int, seq_len: int, folders: Mapping[str, Path
                 _FIELD, expected=f"a {what} without recurrent mixers", got=str(config["model_type"]),
                 hint="sequence_parallel: 1: the state of a mixer runs through the whole sequence",
             )  # fmt: skip
+        if any(spec.role == "sinks" for spec in family.tensors(config).values()):
+            raise ConfigError(
+                _FIELD, expected=f"a {what} without attention sinks", got=str(config["model_type"]),
+                hint="sequence_parallel: 1: each rank has the sinks of all heads",
+            )  # fmt: skip
         check_sequence_dims(ranks, what, family.dims(config))
 
 

@@ -11,6 +11,7 @@ from kdscale.config.root import Config
 from kdscale.files import read_own_json
 from kdscale.pipeline.spawn import run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
+from kdscale.pipeline.stages.prune import carried_bytes
 from kdscale.runs.digests import digest_tree
 from kdscale.runs.folder import KERNELS, WEIGHTS, RunFolder
 from kdscale.runs.metrics_log import read_metrics
@@ -54,7 +55,8 @@ def disk_bytes(context: StageContext, student_params: int) -> int:
     share = 0.0 if own is None else (own.share if isinstance(own.share, float) else 1.0) * (1.0 - own.start)
     written = round(settings.tokens * share * _WRITTEN_BYTES)
     trained = _trained_params(context, student_params)
-    return student_params * _STUDENT_BYTES + trained * checkpoints * (_CHECKPOINT_BYTES + average) + written
+    student = student_params * _STUDENT_BYTES + carried_bytes(context)
+    return student + trained * checkpoints * (_CHECKPOINT_BYTES + average) + written
 
 
 def _trained_params(context: StageContext, student_params: int) -> int:

@@ -31,8 +31,26 @@ SELF_CHECK_FILE = "self_check.json"
 
 
 def disk_bytes(context: StageContext, student_params: int) -> int:
-    """The pruned student."""
-    return student_params * _STUDENT_BYTES
+    """The pruned student, and what goes along with it."""
+    return student_params * _STUDENT_BYTES + carried_bytes(context)
+
+
+def carried_bytes(context: StageContext) -> int:
+    """Bytes of what a student has beside its language model, copied from the model that it is made from.
+
+    Only models of several modalities have such parts, and those whose heads are kept.
+    """
+    from kdscale.families import nested_data
+    from kdscale.models.loading import open_teacher
+    from kdscale.teacher.folders import student_folder
+    from kdscale.weights import read_config
+
+    config = context.config
+    folder = context.model_to_prune if config.student is None else student_folder(config)
+    single = not (folder / "config.json").exists() or nested_data(read_config(folder)) is None
+    if single and not config.prune.keep_mtp:
+        return 0
+    return open_teacher(folder, keep_heads=config.prune.keep_mtp)[0].carried_nbytes
 
 
 def copied_from_and_to(context: StageContext) -> tuple[Path, Path]:

@@ -10,17 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kdscale.config.load import build_config
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import load_family, nested_types
 from kdscale.models.loading import load_model, open_teacher
 from kdscale.models.parameter_map import ParameterReader
 from kdscale.models.skeleton import build_skeleton
+from kdscale.pipeline.stage import StageContext
+from kdscale.pipeline.stages.registry import STAGES
 from kdscale.prune import self_check
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.rotation import rotated_teacher
 from kdscale.prune.search.planning import make_plan
 from kdscale.prune.stream_cut import StreamBasis
+from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
 from tests.integration.prune.family_table import random_scores
 from tests.integration.prune.nested_table import WHOLE, load_whole, save_whole
@@ -201,3 +205,15 @@ def test_a_whole_model_that_is_not_described_is_refused(whole, tmp_path):
     (extra / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"1 unexpected: audio_tower\.weight"):
         open_teacher(extra)
+
+
+def test_the_disk_check_counts_what_goes_along(whole, tmp_path):
+    tree = {"name": "t", "run_dir": str(tmp_path / "run"), "teacher": {"path": "t"}, "prune": {"ffn": 32}}
+    needed = {}
+    for name in ("gemma3", "text alone"):
+        teacher = whole("gemma3").checkpoint.path if name == "gemma3" else tmp_path
+        context = StageContext(build_config(tree, "here"), RunFolder(tmp_path / "run"), teacher, Reporter(quiet=True))
+        needed[name] = [stage.disk_bytes(context, 1000) for stage in (STAGES["prune"], STAGES["distill"])]
+    carried = sum(whole("gemma3").checkpoint.tensor(name).nbytes for name in whole("gemma3").checkpoint.carried)
+    assert carried > 0
+    assert needed["gemma3"] == [size + carried for size in needed["text alone"]]

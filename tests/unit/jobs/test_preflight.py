@@ -119,6 +119,9 @@ def test_a_served_teacher_is_asked_before_anything_is_pruned(
         "teacher service": "b: distill.served.token_file got: a token that it does not accept"
     }
     assert preflight.probe("m-0", config, [])["services"] is None
+    with_adapters = [*settings, f"teacher.adapters=[{tmp_path}]"]
+    severity, text = preflight.probe("m-0", config, with_adapters)["services"]
+    assert severity == "note" and text.endswith("is not there yet")  # it is merged before it is served
 
 
 def test_the_key_of_an_endpoint_must_have_reached_every_host(config: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,9 +38,12 @@ def test_ranks_share_the_sequences_of_a_soft_capped_attention_too(tmp_path):
     check_sequence_parallel(2, 64, {"teacher": tmp_path})
 
 
-def test_ranks_cannot_share_the_sequences_of_a_recurrent_mixer(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config("falcon_h1")))
-    with pytest.raises(ConfigError, match="without recurrent mixers"):
+@pytest.mark.parametrize(
+    ("model_type", "told"), [("falcon_h1", "without recurrent mixers"), ("gpt_oss", "without attention sinks")]
+)
+def test_ranks_cannot_share_the_sequences_of_mixers_and_sinks(tmp_path, model_type, told):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config(model_type)))
+    with pytest.raises(ConfigError, match=told):
         check_sequence_parallel(2, 64, {"teacher": tmp_path})
 
 
