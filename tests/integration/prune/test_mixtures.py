@@ -13,6 +13,8 @@ from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import load_family
 from kdscale.models.loading import load_model
+from kdscale.models.parameter_map import ParameterReader
+from kdscale.models.skeleton import build_skeleton
 from kdscale.prune import self_check
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.compensation.recovered_error import RecoveredErrors
@@ -56,6 +58,22 @@ def test_scores_of_experts_with_biases_are_what_the_model_computes(teacher_of, t
     torch.testing.assert_close(torch.from_numpy(scores), norms, rtol=1e-4, atol=1e-6)
 
 
+def test_scores_of_experts_that_weigh_their_input_are_what_the_model_computes(teacher_of, tmp_path):
+    """Llama 4 gives every expert every token, times a weight that is 0 for most."""
+    teacher = teacher_of("llama4_text")
+    scores = teacher.scores(tmp_path, experts=4)["experts.output_norm"]
+    model, calls = whole_model(teacher, "feed_forward.router")
+    norms, mixtures = torch.zeros(3, 5), (0, 2)
+    for number, (hidden_ND,) in enumerate(list(calls)):  # the router is called here too
+        block = model.model.layers[mixtures[number % 2]].feed_forward
+        with torch.inference_mode():
+            weights_NE, _ = block.router(hidden_ND)
+            read_END = hidden_ND * weights_NE.T[..., None]
+            output_END = block.experts(read_END.flatten(0, 1)).unflatten(0, (5, -1))
+        norms[mixtures[number % 2]] += output_END.norm(dim=-1).sum(-1)
+    torch.testing.assert_close(torch.from_numpy(scores), norms, rtol=1e-4, atol=1e-6)
+
+
 def test_scores_of_a_shared_expert_and_of_dense_layers_are_what_the_model_computes(teacher_of, tmp_path):
     teacher = teacher_of("glm4_moe")
     scores = teacher.scores(tmp_path, ffn=32)
@@ -75,6 +93,8 @@ def test_scores_of_a_shared_expert_and_of_dense_layers_are_what_the_model_comput
     [
         ("ernie4_5_moe", {"o", "down", "shared_down"}),
         pytest.param("gpt_oss", {"o", "down"}, marks=pytest.mark.long),
+        pytest.param("llama4_text", {"o", "down", "shared_down"}, marks=pytest.mark.long),
+        pytest.param("gemma4_text, experts", {"o", "down", "shared_down"}, marks=pytest.mark.long),
     ],
 )
 def test_regression_wins_errors_back_in_every_part(teacher_of, tmp_path, model_type, roles):
@@ -151,3 +171,16 @@ def test_a_layer_behind_the_last_one_predicts_further_tokens_and_is_left_out(tmp
     student = family.student_config(teacher.config, family.dims(teacher.config).replace(layers=2), [0, 2])
     assert student.get("num_nextn_predict_layers", 0) == 0
     load_model(folder, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gemma4_text"])
+def test_what_is_stored_and_no_parameter_is_read_with_a_model_in_parts(teacher_of, model_type):
+    """A router's correction, a layer's scale: buffers, which the constructor would leave at 0 and 1."""
+    path = teacher_of(model_type).checkpoint.path
+    whole = load_model(path, dtype=torch.float32, device=CPU)
+    parts = dict(build_skeleton(ParameterReader.open(path), dtype=torch.float32).named_buffers())
+    stored = [name for name in parts if name.endswith(("correction_bias", "layer_scalar"))]
+    assert stored
+    for name, value in whole.named_buffers():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=0)
+    assert all(float((parts[name] - parts[name].round()).abs().max()) > 0 for name in stored)
