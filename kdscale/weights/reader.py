@@ -245,7 +245,7 @@ class Checkpoint:
         """
         expected, tied = family.tensors(self.config), family.tied(self.config)
         self._entries = {family.full_name(name): entry for name, entry in self._entries.items()}
-        self._split_joined(expected)
+        self._split_joined(expected, family.language_names)
         self._carried = {name: e for name, e in self._entries.items() if name not in expected and family.carried(name)}
         self._entries = {name: entry for name, entry in self._entries.items() if name not in self._carried}
         heads = {
@@ -282,12 +282,16 @@ class Checkpoint:
             notices.append(self.quantised.notice)
         return notices + ([f"{len(buffers)} buffers that no model reads are ignored"] if buffers else [])
 
-    def _split_joined(self, expected: Mapping[str, ExpectedTensor]) -> None:
-        """Enter ranges of a tensor that is a whole parameter of the model as the tensors that the family has for it."""
+    def _split_joined(self, expected: Mapping[str, ExpectedTensor], prefixes: Mapping[str, str]) -> None:
+        """Enter ranges of a tensor that is a whole parameter of the model as the tensors that the family has for it.
+        `prefixes`: beginnings of names on disk, and of the parameters that they are."""
         joined: dict[str, list[str]] = {}
         for name, spec in expected.items():
-            if name not in self._entries and spec.parameter in self._entries and spec.parameter not in expected:
-                joined.setdefault(spec.parameter, []).append(name)
+            begins = ((p, text) for p, text in prefixes.items() if spec.parameter.startswith(text))
+            prefix, text = next(begins, ("", ""))
+            whole = f"{prefix}{spec.parameter.removeprefix(text)}"
+            if name not in self._entries and whole in self._entries and whole not in expected:
+                joined.setdefault(whole, []).append(name)
         for parameter, names in joined.items():
             entry, specs = self._entries[parameter], [expected[name] for name in names]
             experts = len({spec.expert for spec in specs})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import load_family, nested_types
 from kdscale.models.loading import load_model, open_teacher
-from kdscale.models.parameter_map import ParameterReader
+from kdscale.models.parameter_map import ParameterReader, assemble
 from kdscale.models.skeleton import build_skeleton
 from kdscale.pipeline.stage import StageContext
 from kdscale.pipeline.stages.registry import STAGES
@@ -217,3 +218,22 @@ def test_the_disk_check_counts_what_goes_along(whole, tmp_path):
     carried = sum(whole("gemma3").checkpoint.tensor(name).nbytes for name in whole("gemma3").checkpoint.carried)
     assert carried > 0
     assert needed["gemma3"] == [size + carried for size in needed["text alone"]]
+
+
+def test_stacked_experts_of_a_language_model_are_read_as_single_ones(whole, tmp_path):
+    """Qwen3.5 mixtures have them so on the hub; transformers writes one by one."""
+    single = whole("qwen3_5_moe").checkpoint
+    family = load_family(single.config, "config.json")
+    tensors = {name: single.tensor(name) for name in (*single.names, *single.carried)}
+    specs = {name: spec for name, spec in family.tensors(single.config).items() if spec.expert is not None}
+    stacked = {
+        name.replace("model.", "model.language_model.", 1): t for name, t in assemble(specs, single.tensor).items()
+    }
+    folder = tmp_path / "stacked"
+    shutil.copytree(single.path, folder)
+    rest = {name: tensor for name, tensor in tensors.items() if name not in specs}
+    save_file({**rest, **{name: t.contiguous() for name, t in stacked.items()}}, folder / "model.safetensors")
+    read, _ = open_teacher(folder)
+    assert set(read.names) == set(single.names)
+    assert all(torch.equal(read.tensor(name), single.tensor(name)) for name in specs)
+    load_whole(folder)
