@@ -135,7 +135,7 @@ def test_what_a_token_leaves_in_the_cache_of_latent_attention_does_not_depend_on
         "num_attention_heads": 16, "vocab_size": 102400, "num_experts_per_tok": 6, "q_lora_rank": None,
     }  # fmt: skip
     family = load_family(config, "config.json")
-    assert family.cached_numbers(config) == 512 + 64
+    assert family.cached_numbers(config) == 27 * (512 + 64)
     costs = Search(config, family, None, PruneConfig(target_kv_bytes="50%", axes=("layers",))).costs.model
     shapes = {axis: torch.tensor([size]).numpy() for axis, size in {"layers": 27, "kv_heads": 4}.items()}
     assert int(costs.kv_bytes(shapes)[0]) == 27 * 2 * 576
