@@ -78,18 +78,16 @@ def load_family(config_dict: dict[str, Any], where: str) -> Family:
             hint="use the original checkpoint, or dequantise it and save it again without quantization_config",
         )
     check_numbers(config_dict, where)
-    family = Family(data, where, config_dict) if nested is None else NestedFamily(data, where, config_dict, nested)
-    language = family.language(config_dict)
     for rule in data.requires:
-        value = language.get(rule.field, rule.one_of[0] if rule.absent is None else rule.absent)
+        value = own.get(rule.field, rule.one_of[0] if rule.absent is None else rule.absent)
         if value not in rule.one_of:
             raise CheckpointError(
                 f"{where}: {rule.field}",
                 expected=" or ".join(map(json.dumps, rule.one_of)),
-                got=repr(value) if rule.field in language else f"no such field, which stands for {value!r}",
+                got=repr(value) if rule.field in own else f"no such field, which stands for {value!r}",
                 hint=rule.why,
             )
-    return family
+    return Family(data, where, config_dict) if nested is None else NestedFamily(data, where, config_dict, nested)
 
 
 def _file_about(files: tuple[FamilyData, ...], config: dict[str, Any], where: str) -> FamilyData:

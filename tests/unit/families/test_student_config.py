@@ -162,5 +162,8 @@ def test_small_models_of_gemma_4_are_refused(field: str, value: Any) -> None:
     """A missing field stands for what transformers takes then."""
     config = {**small_config("gemma4_text"), field: value}
     config = {name: given for name, given in config.items() if given is not None}
-    with pytest.raises(CheckpointError, match=field):
+    with pytest.raises(CheckpointError, match=rf"{field}(?s:.*)not described|{field}(?s:.*)31B"):
         load_family(config, "config.json")
+    config = {"model_type": "gemma4_text", "hidden_size": 1536, "num_kv_shared_layers": 20}  # as E2B's begins
+    with pytest.raises(CheckpointError, match=r"hidden_size_per_layer_input(?s:.*)small models"):
+        load_family({"model_type": "gemma4", "text_config": config}, "config.json")
