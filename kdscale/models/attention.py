@@ -148,7 +148,8 @@ def choice_for(model: Any, device: torch.device) -> Choice | None:
     config = model.config.get_text_config()
     if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
         return Choice(KNOWS_SINKS, ("others: they know no attention sinks",))
-    layers = config.per_layer_config if config.is_heterogeneous else [config]  # Gemma 4's heads are of two sizes
+    several = getattr(config, "is_heterogeneous", False)  # Gemma 4's heads are of two sizes
+    layers = config.per_layer_config if several else [config]
     head_dim = max(getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads for c in layers)
     dropout = attention_dropout(model) if model.training else 0.0
     return choose(device, model.dtype, head_dim, getattr(config, "attn_logit_softcapping", None), bool(dropout))
