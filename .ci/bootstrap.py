@@ -106,9 +106,7 @@ def install_torch(python: Path) -> None:
 
 def pip(python: Path, *args: str, required: bool = True) -> bool:
     """Run pip install; returns whether it worked. Ends this program when a required package cannot be installed."""
-    # Not compiled: most modules are never imported, and compiling all of them takes as long as the rest.
-    options = ("-q", "--disable-pip-version-check", "--no-compile")
-    command = [str(python), "-m", "pip", "install", *options, *args]
+    command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and required:
         print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
