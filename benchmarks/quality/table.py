@@ -167,7 +167,10 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw_plot(current: Figures, path: Path) -> None:
-    """Perplexity over the teacher's against tokens: a row of panels for each teacher, a panel for each shape."""
+    """Perplexity over the teacher's against tokens: a row of panels for each teacher, a panel for each shape.
+
+    Shapes of which only one side is measured have none.
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -175,12 +178,16 @@ def draw_plot(current: Figures, path: Path) -> None:
 
     teachers = list_of_teachers(current)
     budgets = sorted({cell.tokens for cell in current})
+    sides = {(cell.shape, cell.method) for cell in current}
+    shapes = [shape for shape in SHAPES if {(shape, OURS), (shape, RECIPE)} <= sides]
+    if not shapes:
+        raise SystemExit("no shape has a cell of ours and one of the recipe: there is nothing to compare in a plot")
     with mpl.rc_context({"svg.hashsalt": "kdscale", "font.size": 9}):
-        figure = Figure(figsize=(2.3 * len(SHAPES), 2.5 * len(teachers) + 0.5), layout="constrained")
+        figure = Figure(figsize=(max(4.6, 2.3 * len(shapes)), 2.5 * len(teachers) + 0.5), layout="constrained")
         FigureCanvasSVG(figure)
-        panels = figure.subplots(len(teachers), len(SHAPES), squeeze=False)
+        panels = figure.subplots(len(teachers), len(shapes), squeeze=False)
         for row, teacher in zip(panels, teachers, strict=True):
-            for axes, shape in zip(row, SHAPES, strict=True):
+            for axes, shape in zip(row, shapes, strict=True):
                 for method in (OURS, RECIPE):
                     for text, line in zip(TEXTS, ("-", "--"), strict=True):
                         if points := curve(current, teacher, shape, method, text):
@@ -205,7 +212,9 @@ def draw_plot(current: Figures, path: Path) -> None:
             row[0].set_ylabel("perplexity / teacher's")
         handles = {label: handle for row in panels for axes in row
                    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, 2 * len(shapes)), frameon=False
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
 
