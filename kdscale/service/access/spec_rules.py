@@ -113,7 +113,7 @@ RULES: Mapping[str, Rule] = {
 # Words that nobody opens, runs or connects to.
 PLAIN = frozenset({
     "Config.name", "StepConfig.name", "TeacherConfig.revision", "TeacherEntry.revision", "TeacherEntry.name",
-    "StudentConfig.revision",
+    "StudentConfig.revision", "SourceConfig.class_field",
     "TeacherEntry.tags", "SourceConfig.field", "SourceConfig.source_field", "SourceConfig.split", "SourceConfig.tag",
     "BlendConfig.weights", "PromptSourceConfig.field", "EndpointConfig.model", "EndpointConfig.allow_http",
     "ResponsesConfig.system", "OnPolicyConfig.system", "ResponsesConfig.request", "FilterConfig.name",

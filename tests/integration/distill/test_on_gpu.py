@@ -176,7 +176,8 @@ def test_every_objective_learns_from_every_source(
     monkeypatch.undo()
     # Adam moves a value whose gradient is next to nothing by the sign of a rounding error
     may_differ = 0.05 if objective.get("targets") == "sampled" else 1e-5
-    if OBJECTIVES[objective["name"]].only_own_text:  # the log-probabilities of what was written are kept in five digits
+    # the log-probabilities of what was written are kept in five digits; one row a document makes few gradients large
+    if OBJECTIVES[objective["name"]].only_own_text or OBJECTIVES[objective["name"]].of_classes:
         may_differ = 1e-4
     same_weights(student, by_deepspeed(objective, placement), may_differ)
 
