@@ -212,9 +212,8 @@ def draw_plot(current: Figures, path: Path) -> None:
             row[0].set_ylabel("perplexity / teacher's")
         handles = {label: handle for row in panels for axes in row
                    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, 2 * len(shapes)), frameon=False
-        )
+        columns = 4 if len(shapes) > 3 else 2  # four are wider than three panels
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
 
