@@ -253,8 +253,9 @@ class StoreBuilder:
         if (worst := int(text.ids.max())) >= self._format.vocab_size:
             raise token_without_row(worst, self._format.vocab_size, self._encoder.token(worst), document.source)
         tokens_3T, label = document_tokens(document, text, self._format), self._label(document.source)
+        class_ = class_number(document, self._format.classes)
         for cut in _cut(tokens_3T, self._format):
-            self._splits[split].add(cut, label, source, class_number(document, self._format.classes))
+            self._splits[split].add(cut, label, source, class_)
         if split == "train" and self._left:
             self._left[self._survey.data.sources[source].name] -= tokens_3T.shape[1]
 

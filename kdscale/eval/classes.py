@@ -16,7 +16,7 @@ from kdscale.data.batches import Batch
 from kdscale.data.store_format import UNKNOWN_CLASS
 from kdscale.eval.quality import ScoringOptions, score_models
 from kdscale.eval.scored_positions import scored_tokens
-from kdscale.eval.summary import Scores, mean_and_error
+from kdscale.eval.summary import Scores, mean_and_error, of_every_two
 from kdscale.runs.models import TEACHER
 from kdscale.runtime.progress import Reporter
 
@@ -37,10 +37,7 @@ def tell_classes(
     each = {name: _values(score, known_N) for name, score in scores.items()}
     figures = {name: _means(values) for name, values in each.items()}
     figures[TEACHER] |= {"texts": len(known_N), "texts_of_known_class": int(known_N.sum())}
-    names = list(each)
-    pairs = [(late, early) for number, late in enumerate(names) for early in names[:number]]
-    differences = {f"{late}_minus_{early}": _means(_gaps(each[late], each[early])) for late, early in pairs}
-    return figures, dict(sizes), differences
+    return figures, dict(sizes), of_every_two(each, lambda late, early: _means(_gaps(late, early)))
 
 
 Values = dict[str, np.ndarray | None]

@@ -6,9 +6,9 @@ Letters: N scored tokens, D document pieces (a run of one document in one sequen
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from kdscale.runs.models import DISTILLED, TEACHER, before_learning
 
 CALIBRATION_BINS = 15
 MOST_TAGS = 12  # that are shown one by one
+
+Each = TypeVar("Each")
+Figures = TypeVar("Figures")
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,14 @@ def compare(scores: Mapping[str, Scores]) -> dict[str, dict[str, float | None]]:
 
     Both models scored the same tokens, so their difference is known far better than either figure.
     """
-    names = list(scores)
+    return of_every_two(scores, _differences)
+
+
+def of_every_two(each: Mapping[str, Each], difference: Callable[[Each, Each], Figures]) -> dict[str, Figures]:
+    """`difference(later, earlier)` of every two models, by `later_minus_earlier`."""
+    names = list(each)
     pairs = [(late, early) for i, late in enumerate(names) for early in names[:i]]
-    return {f"{late}_minus_{early}": _differences(scores[late], scores[early]) for late, early in pairs}
+    return {f"{late}_minus_{early}": difference(each[late], each[early]) for late, early in pairs}
 
 
 def _differences(late: Scores, early: Scores) -> dict[str, float | None]:

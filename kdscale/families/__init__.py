@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,17 +171,10 @@ def read_families(files: Iterable[Path]) -> dict[str, tuple[FamilyData, ...]]:
 
     Raises ConfigError naming the file and every field that is wrong.
     """
-    by_type: dict[str, tuple[FamilyData, ...]] = {}
-    for file, data in _read_files(files, FamilyData):
-        for model_type in data.model_types:
-            others = by_type.get(model_type, ())
-            if others and not _divide(others, data):
-                raise ConfigError(f"{file}: model_types", got=f"{model_type}, which another family file has already")
-            by_type[model_type] = (*others, data)
-    return by_type
+    return _by_type(files, FamilyData, _divide)
 
 
-def _divide(others: tuple[FamilyData, ...], data: FamilyData) -> bool:
+def _divide(others: Sequence[FamilyData], data: FamilyData) -> bool:
     """Whether two files of one model type say which configs each is about, by the same question."""
     one, two = others[0].chosen, data.chosen
     if len(others) > 1 or one is None or two is None:
@@ -189,14 +182,18 @@ def _divide(others: tuple[FamilyData, ...], data: FamilyData) -> bool:
     return one.question == two.question and one.holds != two.holds
 
 
-def _read_nested(files: Iterable[Path]) -> dict[str, NestedData]:
-    by_type: dict[str, NestedData] = {}
-    for file, data in _read_files(files, NestedData):
+def _by_type(
+    files: Iterable[Path], schema: type[_File], may_share: Callable[[Sequence[_File], _File], bool]
+) -> dict[str, tuple[_File, ...]]:
+    """model_type → the files about it; a further one only where it `may_share` the type with those before it."""
+    by_type: dict[str, list[_File]] = {}
+    for file, data in _read_files(files, schema):
         for model_type in data.model_types:
-            if model_type in by_type:
+            others = by_type.setdefault(model_type, [])
+            if others and not may_share(others, data):
                 raise ConfigError(f"{file}: model_types", got=f"{model_type}, which another family file has already")
-            by_type[model_type] = data
-    return by_type
+            others.append(data)
+    return {model_type: tuple(found) for model_type, found in by_type.items()}
 
 
 def _read_files(files: Iterable[Path], schema: type[_File]) -> Iterator[tuple[Path, _File]]:
@@ -228,7 +225,8 @@ def _read_folders(extra: str) -> tuple[dict[str, tuple[FamilyData, ...]], dict[s
         if not folder.is_dir():
             raise ConfigError(f"{FOLDERS} names {folder}, which is not a folder")
     families = read_families(file for folder in folders for file in folder.glob("*.json"))
-    nested = _read_nested(file for folder in folders for file in folder.glob("nested/*.json"))
+    nested_files = (file for folder in folders for file in folder.glob("nested/*.json"))
+    nested = {name: data for name, (data,) in _by_type(nested_files, NestedData, lambda *_: False).items()}
     if twice := sorted(set(families) & set(nested)):
         raise ConfigError("model_types of families and of nested models", got=f"{twice[0]} in both")
     return families, nested

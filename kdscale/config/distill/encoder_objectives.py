@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pkgutil import resolve_name
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -30,6 +29,7 @@ class SentenceEmbeddingsConfig(ObjectiveConfig):
     )
     reads_whole_documents = True
     matches_layers = True
+    spans_widths = True
     pools = True
 
     name: Literal["sentence_embeddings"] = "sentence_embeddings"
@@ -54,10 +54,6 @@ class SentenceEmbeddingsConfig(ObjectiveConfig):
         assert models is not None
         chosen = (models.pooling or "mean") if self.pooling == "auto" else self.pooling
         return super().settled(models, steps).model_copy(update={"pooling": chosen})
-
-    def build(self, models: ModelPair | None) -> Any:
-        """The sizes of both models decide about the projection."""
-        return resolve_name(self.implementation)(self, models)
 
     @property
     def formula(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pkgutil import resolve_name
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -77,6 +76,7 @@ class HiddenStatesConfig(LayerMatchConfig):
         Term("hidden_cosine", "cosine of hidden states", headline=True, better="higher"),
     )
     lowest = EMBEDDINGS  # what enters layer 0
+    spans_widths = True
 
     name: Literal["hidden_states"] = "hidden_states"
     distance: Literal["mse", "cosine"] = "mse"
@@ -90,10 +90,6 @@ class HiddenStatesConfig(LayerMatchConfig):
     def student_layers(self) -> LayersRead:
         """The matched layers."""
         return LayersRead(hidden=tuple(sorted(self.layers or ())))
-
-    def build(self, models: ModelPair | None) -> Any:
-        """The sizes of both models decide about the projection."""
-        return resolve_name(self.implementation)(self, models)
 
     @property
     def formula(self) -> str:

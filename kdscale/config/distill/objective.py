@@ -90,6 +90,7 @@ class ObjectiveConfig(Section):
     reads_head_shards: ClassVar[bool] = False  # works where tensor-parallel ranks share the student's head
     reads_whole_documents: ClassVar[bool] = False  # cannot do with a rank's own positions of a sequence
     matches_layers: ClassVar[bool] = False  # has to know the layers and sizes of both models (ModelPair)
+    spans_widths: ClassVar[bool] = False  # is built with the models, whose widths decide about a projection
     pools: ClassVar[bool] = False  # makes one vector of a document: for encoders alone
     of_classes: ClassVar[bool] = False  # reads what an encoder tells of the class of a document
     only_own_text: ClassVar[bool] = False  # for what the student wrote itself (distill.on_policy) alone
@@ -144,7 +145,7 @@ class ObjectiveConfig(Section):
 
     def build(self, models: ModelPair | None) -> Any:
         """Its implementation, from the settled entry. Raises ConfigError for models that it cannot match."""
-        return resolve_name(self.implementation)(self)
+        return resolve_name(self.implementation)(self, *([models] if self.spans_widths else []))
 
     def scheduled(self, step: int) -> dict[str, float]:
         """What of its settings follows a schedule, at optimiser step `step`, by the names of the log's columns."""
