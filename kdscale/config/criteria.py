@@ -132,6 +132,9 @@ CRITERIA: tuple[Criterion, ...] = (
               source=_MINITRON_HYBRID, title="mean of ‖x_head‖ over the sequence, L2 norm over the samples"),
     Criterion("ssm_head_dim", "output_energy", collect=f"{_UNITS}:ssm_channels_output_energy", source=_WANDA,
               title="Σ over tokens and heads of ‖W_channel · x_channel‖², the channel's share of the mixer's output"),
+    Criterion("ssm_state", "output_energy", collect=f"{_UNITS}:ssm_state_output_energy",
+              title="the output energy of a group's heads, by the channel's share of Σ over tokens of C² · Σ of B²",
+              source="made here: a token reads C · B of each token before it"),
 )  # fmt: skip
 
 AXIS_TITLES = {
@@ -143,6 +146,7 @@ AXIS_TITLES = {
     "experts": "Experts",
     "ssm_heads": "SSM heads",
     "ssm_head_dim": "SSM head channels",
+    "ssm_state": "SSM state channels",
 }
 
 

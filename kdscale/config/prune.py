@@ -25,6 +25,9 @@ class ImportanceConfig(CalibrationSection):
 Compensation = Literal["none", "ridge", "two_stream"]
 PlannedRepair = Literal["none", "linear"]
 LayerRepair = Literal["auto", PlannedRepair]
+PrunedAxis = Literal[
+    "ffn", "heads", "kv_heads", "hidden", "layers", "experts", "ssm_heads", "ssm_head_dim", "ssm_state"
+]  # fmt: skip
 
 
 class SearchConfig(Section):
@@ -86,9 +89,7 @@ class PruneConfig(Section):
     count: Literal["non_embedding", "total"] = "total"
     tolerance: Annotated[float, Field(gt=0.0, le=0.2)] = 0.03
     # axes that may be cut when a target is given; sizes given below are fixed and need not be listed
-    axes: tuple[
-        Literal["ffn", "heads", "kv_heads", "hidden", "layers", "experts", "ssm_heads", "ssm_head_dim"], ...
-    ] = Field(strict=False, default=("ffn", "heads"))
+    axes: tuple[PrunedAxis, ...] = Field(strict=False, default=("ffn", "heads"))
     hidden: Length | None = None
     ffn: Length | None = None
     heads: Length | None = None
@@ -98,10 +99,12 @@ class PruneConfig(Section):
     # heads of Mamba 2, or value heads of a gated delta net; each group of theirs keeps as many
     ssm_heads: Length | None = None
     ssm_head_dim: Length | None = None  # how wide each of them is: the same channels of all heads of a layer
+    ssm_state: Length | None = None  # how wide B and C of Mamba 2 are: the same channels of all groups of a layer
     # smallest step on each axis; None picks 256/256/1 for real sizes and 32/32/1 for small models
     hidden_divisor: Length | None = None
     ffn_divisor: Length | None = None
     ssm_head_dim_divisor: Length | None = None  # None: 8
+    ssm_state_divisor: Length | None = None  # None: 16
     experts_divisor: Length | None = None  # None: 8 from 64 experts on, 1 below
     # every width that a linear map reads is a multiple of this; None: of the largest group of quantize.forms
     multiple_of: Length | None = None
@@ -160,14 +163,14 @@ class PruneConfig(Section):
     def cuts(self) -> bool:
         """Whether it says what to cut; a run without a ready student has to."""
         sizes = (self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)
-        return self.target is not None or any((*sizes, self.ssm_heads, self.ssm_head_dim))
+        return self.target is not None or any((*sizes, self.ssm_heads, self.ssm_head_dim, self.ssm_state))
 
     def check_says_what_to_cut(self) -> None:
         """Raises ValueError where it does not."""
         if not self.cuts:
             raise ValueError(
                 "prune: give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, "
-                "experts, ssm_heads, ssm_head_dim; or a ready student (student.path)"
+                "experts, ssm_heads, ssm_head_dim, ssm_state; or a ready student (student.path)"
             )
 
     @property

@@ -300,6 +300,7 @@ _NOT_INHERITED = {
     "experts",
     "ssm_heads",
     "ssm_head_dim",
+    "ssm_state",
 }
 
 

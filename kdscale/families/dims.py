@@ -5,7 +5,7 @@ Dimension names: hidden (residual stream), ffn (intermediate; of one expert in a
 (intermediate size of layers without experts) and shared_ffn (of the expert that every token goes to). Of layers that
 carry a state from token to token, and 0 in models without: ssm_heads (heads of Mamba 2, value heads of a gated delta
 net), ssm_head_dim, ssm_groups (of B and C in Mamba 2, key heads of a delta net; as many heads read each) and ssm_state
-(the width of B and C, or of a key).
+(the width of B and C, or of a key; the latter is never cut).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from kdscale.config.criteria import FOLLOWED
 from kdscale.families.schema import axis_size
 
 # What a shape is made of, and what never changes in a student.
-SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts", "ssm_heads", "ssm_head_dim")
-NEVER_CUT = ("head_dim", "vocab", "ssm_groups", "ssm_state")
+SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts", "ssm_heads", "ssm_head_dim", "ssm_state")
+NEVER_CUT = ("head_dim", "vocab", "ssm_groups")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from kdscale.families.dims import SHAPE_AXES
 BudgetKind = Literal["params", "bytes", "kv_bytes", "decode", "prefill"]
 
 # The number of experts changes no latency that the latency model knows: a token is routed to as many as before.
-_LATENCY_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "ssm_heads", "ssm_head_dim")
+_LATENCY_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "ssm_heads", "ssm_head_dim", "ssm_state")
 
 # The axes that change the cost, for budgets that do not depend on all of them: the search leaves the other axes alone.
 _AXES_OF_BUDGET: dict[BudgetKind, tuple[str, ...]] = {
@@ -33,6 +33,7 @@ class Sizes(NamedTuple):
     experts: int  # 0 in dense models
     ssm_heads: int = 0  # these are 0 in models without ssm heads
     ssm_head_dim: int = 0
+    ssm_state: int = 0
 
     @classmethod
     def of(cls, dims: Dims) -> Sizes:

@@ -70,6 +70,7 @@ class ShapeCandidate(PlanSection):
     experts: Annotated[int, Field(ge=0)] = 0
     ssm_heads: Annotated[int, Field(ge=0)] = 0
     ssm_head_dim: Annotated[int, Field(ge=0)] = 0
+    ssm_state: Annotated[int, Field(ge=0)] = 0
     params: Size
     active: Size | None = None  # as in ParamCounts
     bytes: Size

@@ -34,13 +34,8 @@ _INT_LIST = re.compile(r"\[\s*(-?\d+(?:,\s*-?\d+)*)\s*\]")
 
 
 _RETAINED = (*SHAPE_AXES, "score")
-UNIT_AXES = (
-    "heads",
-    "kv_heads",
-    "ssm_heads",
-    "ssm_head_dim",
-    *FOLLOWED,
-)  # axes with a list of kept units for each layer, besides ffn and experts
+# axes with a list of kept units for each layer, besides ffn and experts
+UNIT_AXES = ("heads", "kv_heads", "ssm_heads", "ssm_head_dim", "ssm_state", *FOLLOWED)
 
 
 class PlannedDims(PlanSection):
@@ -75,9 +70,9 @@ class KeptUnits(PlanSection):
     """The teacher's indices that stay.
 
     `heads`, `kv_heads` and `experts` have one list per kept layer, in the order of the layers, and so do `ssm_heads`,
-    `ssm_head_dim`,
-    `dense_ffn` and `shared_ffn` in a model that has them; the list is empty for a layer without such units. `ffn` has
-    one list per kept layer, and in a mixture of experts one per kept expert of each kept layer, layer by layer.
+    `ssm_head_dim`, `ssm_state`, `dense_ffn` and `shared_ffn` in a model that has them; the list is empty for a layer
+    without such units. `ffn` has one list per kept layer, and in a mixture of experts one per kept expert of each kept
+    layer, layer by layer.
     """
 
     layers: Indices
@@ -90,6 +85,7 @@ class KeptUnits(PlanSection):
     shared_ffn: list[Indices] = Field(default=[])
     ssm_heads: list[Indices] = Field(default=[])
     ssm_head_dim: list[Indices] = Field(default=[])
+    ssm_state: list[Indices] = Field(default=[])
 
     def units(self, axis: str, position: int, expert: int | None = None) -> Indices:
         """Kept units of `axis` in the student's layer `position`; ffn in a mixture: of the teacher's `expert`."""
@@ -118,6 +114,7 @@ class Methods(PlanSection):
     experts: str = "uncut"
     ssm_heads: str = "uncut"
     ssm_head_dim: str = "uncut"
+    ssm_state: str = "uncut"
     compensate: Compensation
     layer_repair: PlannedRepair = "none"  # none where no layer was dropped
     search: SearchResult
@@ -185,7 +182,7 @@ class Plan(PlanSection):
         """Axes on which the student is smaller than the teacher."""
         return [
             axis
-            for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "experts", "ssm_heads", "ssm_head_dim")
+            for axis in ("layers", *(axis for axis in SHAPE_AXES if axis != "layers"))
             if getattr(self.student, axis) < getattr(self.teacher, axis)
         ]
 

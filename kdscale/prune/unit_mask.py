@@ -7,6 +7,9 @@ channels enters, and its bias is left out of the scaling. The same holds of a q 
 the mask stands between the projection and the norm: the student's norm knows the kept heads only. And of the gated norm
 of a recurrent mixer over all its heads, or over each group of them, which all keep as many.
 
+State channels of Mamba 2 go with their rows of the convolution over B and C: zero then leaves it, and what follows adds
+nothing to what a token reads.
+
 Routers under a mask of experts are given the kept experts' rows, and what they choose is numbered as in the teacher.
 
 B batch · S sequence · D teacher hidden
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from kdscale.families import Family, TensorSpec
+from kdscale.families.schema import axis_blocks
 from kdscale.families.writers import layer_writers
 from kdscale.models.experts import down_weight, narrowed, router_tensor
 from kdscale.models.layer_stream import DecoderLayer
@@ -49,6 +53,7 @@ class UnitMask:
                 layer.site(writer.path).register_forward_pre_hook(_scale_input(kept_U))
             layer.site(writer.path).register_forward_hook(_scale_output(self.hidden_D))
         prefix = self._family.layer_prefix(layer.index)
+        self._states(layer, position, prefix)
         for spec in self._family.layer_tensors(self._config, layer.index).values():
             # a norm of its own for each head (Cohere) has two axes, and knows nothing of the others
             over = spec.axes[0].split("*")[0] if len(spec.axes) == 1 else None
@@ -100,6 +105,16 @@ class UnitMask:
         module.register_forward_hook(leave)
         return module
 
+    def _states(self, layer: DecoderLayer, position: int, prefix: str) -> None:
+        """Zero the rows of the convolution that belong to state channels that go, whatever computes with them."""
+        if self._plan.student.ssm_state == self._plan.teacher.ssm_state:
+            return
+        for spec in self._family.layer_tensors(self._config, layer.index).values():
+            if spec.role in ("ssm_conv", "ssm_conv_bias"):
+                rows = layer.module.get_parameter(spec.parameter.removeprefix(prefix))
+                kept_C = self._axis_indicator(spec.axes[0], position)
+                rows.data = rows * kept_C.reshape(-1, *(1 for _ in spec.axes[1:]))
+
     def _experts(self, layer: DecoderLayer, position: int) -> None:
         """Columns of units that go are zeroed in each kept expert; the router has the kept experts to choose from."""
         plan = self._plan
@@ -121,18 +136,24 @@ class UnitMask:
         router.register_forward_hook(lambda _module, _args, output: (*output[:-1], numbers[output[-1]]))
 
     def _axis_indicator(self, axis: str, position: int) -> Tensor:
-        """Of each number along an axis of units, or of units that are several numbers wide: whether its unit stays."""
-        if axis == "hidden":
-            return self.hidden_D
-        units, *wide = axis.split("*")
-        kept_U, teacher = self._kept_units(units, position), self._plan.teacher.dims()
-        if wide == ["ssm_head_dim"]:
-            return (kept_U[:, None] * self._kept_units(wide[0], position)).flatten()
-        sizes = asdict(teacher) | self._family.fixed_sizes
-        return kept_U.repeat_interleave(sizes[wide[0]]) if wide else kept_U
+        """Of each number along an axis, of products of dimensions one after the other: whether all its units stay."""
+        kept = []
+        for block in axis_blocks(axis):
+            kept_U = torch.ones(1, device=self._device)
+            for factor in block:
+                kept_U = torch.outer(kept_U, self._kept_units(factor, position)).flatten()
+            kept.append(kept_U)
+        return torch.cat(kept)
 
-    def _kept_units(self, axis: str, position: int) -> Tensor:
-        return self._indicator(self._plan.kept.units(axis, position), getattr(self._plan.teacher, axis))
+    def _kept_units(self, factor: str | int, position: int) -> Tensor:
+        if factor == "hidden":
+            return self.hidden_D
+        if factor in ("ffn", *UNIT_AXES):
+            return self._indicator(
+                self._plan.kept.units(str(factor), position), getattr(self._plan.teacher, str(factor))
+            )
+        sizes = asdict(self._plan.teacher.dims()) | self._family.fixed_sizes
+        return torch.ones(factor if isinstance(factor, int) else sizes[factor], device=self._device)
 
     def _indicator(self, kept: list[int], size: int) -> Tensor:
         out = torch.zeros(size, device=self._device)

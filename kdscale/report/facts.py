@@ -40,6 +40,7 @@ _AXIS_TITLES = {
     "experts": "Experts",
     "ssm_heads": "SSM heads",
     "ssm_head_dim": "SSM head dimension",
+    "ssm_state": "SSM state",
     "head_dim": "Head dimension",
     "vocab": "Vocabulary",
 }
@@ -157,7 +158,7 @@ def _kept(plan: Mapping[str, Any]) -> dict[str, Any]:
         | {axis: len(kept[axis][position]) for axis in ("heads", "kv_heads")}
         for position, layer in enumerate(kept["layers"])
     ]
-    axes = ("layers", "heads", "kv_heads", "experts", "ssm_heads", "ssm_head_dim")
+    axes = ("layers", "heads", "kv_heads", "experts", "ssm_heads", "ssm_head_dim", "ssm_state")
     which = {axis: kept[axis] for axis in axes if axis in kept}
     return {**which, "per_layer": per_layer, "hidden": len(kept["hidden"])}
 

@@ -39,6 +39,7 @@ def importance(facts: Mapping[str, Any]) -> list[Plot]:
         "experts": _heads,
         "ssm_heads": _heads,
         "ssm_head_dim": _heads,
+        "ssm_state": _heads,
         "hidden": _hidden,
     }
     out = []
@@ -129,7 +130,7 @@ def _ffn(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any]) -
 def _heads(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any]) -> Plot:
     """One cell a head (or expert), where it is in the model; a cross in the cells of those that went."""
     layers, units = score_LU.shape
-    unit = {"experts": "expert", "ssm_head_dim": "channel"}.get(axis, "head")
+    unit = {"experts": "expert", "ssm_head_dim": "channel", "ssm_state": "channel"}.get(axis, "head")
     share_LU = score_LU / np.maximum(score_LU.max(axis=1, keepdims=True), np.finfo(float).tiny)
     stays = np.full((layers, units), facts["kept"] is None)
     if kept := facts["kept"]:

@@ -105,7 +105,7 @@ def cumulative(plan: Mapping[str, Any], importance: Mapping[str, Any]) -> dict[s
     holds."""
     out: dict[str, Any] = {}
     layers = plan["kept"]["layers"]
-    for axis in ("ffn", "heads", "kv_heads", "ssm_heads", "ssm_head_dim", "hidden"):
+    for axis in ("ffn", "heads", "kv_heads", "ssm_heads", "ssm_head_dim", "ssm_state", "hidden"):
         name = f"{axis}.{plan['methods'].get(axis)}"
         values = importance["scores"].get(name)
         if values is None:

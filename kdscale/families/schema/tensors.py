@@ -159,6 +159,8 @@ class LayerSites(Strict):
     shared: str = ""  # the last projection of the expert that every token goes to
     heads: str = ""  # its input is what heads and kv groups are ranked by, shape [batch, seq, heads * head_dim]
     ssm: str = ""  # its input is what ssm heads are ranked by, shape [batch, seq, ssm_heads * ssm_head_dim]
+    # of a mixer that multiplies what its first projection puts out by a constant vector: that buffer
+    ssm_scale: str = ""
     conv: str = ""  # the last projection of a short convolution
     attention: str = ""
     mlp: str = ""

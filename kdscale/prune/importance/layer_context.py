@@ -14,13 +14,15 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kdscale.families import TensorSpec
 from kdscale.families.writers import SHARED_DOWN, layer_writers
 from kdscale.models.layer_pass import add_product
 from kdscale.models.layer_stream import DecoderLayer, LayerStream
 from kdscale.prune.importance.expert_scores import ExpertSums
 from kdscale.runtime.ranks import all_reduce_sum
 
-Sublayer = Literal["ffn", "heads", "ssm"]
+# The input of a sublayer's last projection, or `ssm_in`: the output of a mixer's first one.
+Sublayer = Literal["ffn", "heads", "ssm", "ssm_in"]
 T = TypeVar("T")
 
 # Called when all tokens have run through the layer; returns the finished score over the tokens of all ranks.
@@ -75,13 +77,30 @@ class LayerContext:
         return weight.float().T if self.family.transposed(self._roles[sublayer]) else weight.float()
 
     def sum_over_batches(self, sublayer: Sublayer, name: str, statistic: Callable[[Tensor], Tensor]) -> Collector:
-        """Sum `statistic` of the sublayer's input [B, S, U] over all batches and ranks, in fp64.
+        """Sum `statistic` of what is seen of the sublayer [B, S, U] over all batches and ranks, in fp64.
 
         Criteria that ask for the same `name` share one sum.
         """
         self._hook(sublayer)
         self._statistics[sublayer].setdefault(name, statistic)
         return lambda: self._total(sublayer, name)
+
+    def spec(self, role: str) -> TensorSpec | None:
+        """What the family says of the layer's tensor of this role; None where there is none."""
+        assert self._layer is not None
+        specs = self.family.layer_tensors(self.config, self._layer.index).values()
+        return next((spec for spec in specs if spec.role == role), None)
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        """The parameter of the layer that this is about, in fp32."""
+        assert self._layer is not None
+        return self._layer.module.get_parameter(self._path(spec)).float()
+
+    def buffer(self, site: str) -> Tensor | None:
+        """The buffer that the family names as this site, in fp32; None where it names none."""
+        assert self._layer is not None
+        path: str = getattr(self._layer.sites, site)
+        return self._layer.module.get_buffer(path).float() if path else None
 
     def gram(self, sublayer: Sublayer) -> Collector:
         """Sum xᵀx of the sublayer's input [U, U] over all batches and ranks, in fp32. The sum is given out once."""
@@ -142,12 +161,24 @@ class LayerContext:
 
     def _projection(self, sublayer: Sublayer) -> nn.Module:
         assert self._layer is not None
+        if sublayer == "ssm_in":
+            spec = self.spec(sublayer)
+            assert spec is not None, f"{self.name} has no mixer"
+            return self._layer.site(self._path(spec).removesuffix(".weight"))
         return self._layer.site(self._writers[self._roles[sublayer]].path)
+
+    def _path(self, spec: TensorSpec) -> str:
+        assert self._layer is not None
+        return spec.parameter.removeprefix(self.family.layer_prefix(self._layer.index))
 
     def _hook(self, sublayer: Sublayer) -> None:
         if sublayer not in self._statistics:
             self._statistics[sublayer] = {}
-            self._projection(sublayer).register_forward_pre_hook(lambda _, args: self._add(sublayer, args[0].float()))
+            module = self._projection(sublayer)
+            if sublayer == "ssm_in":
+                module.register_forward_hook(lambda _, _args, out: self._add(sublayer, out.float()))
+            else:
+                module.register_forward_pre_hook(lambda _, args: self._add(sublayer, args[0].float()))
 
     def _add(self, sublayer: Sublayer, x_BSU: Tensor) -> None:
         for name, statistic in self._statistics[sublayer].items():

@@ -88,6 +88,7 @@ class Ranking:
             "kv_heads": (dims.layers, dims.kv_heads),
             "ssm_heads": (dims.layers, dims.ssm_heads),
             "ssm_head_dim": (dims.layers, dims.ssm_head_dim),
+            "ssm_state": (dims.layers, dims.ssm_state),
             "hidden": (dims.hidden,),
             "layers": (dims.layers, dims.layers + 1) if blocks else (dims.layers,),
         }
@@ -189,8 +190,9 @@ class Ranking:
             return list(range(count))
         return _top(energy[layer] if expert is None else energy[layer, expert], count)
 
-    def follower(self, axis: str, layer: int, count: int) -> list[int]:
-        """Kept units of an axis that follows another one: ffn units of a dense layer or of a shared expert."""
+    def units(self, axis: str, layer: int, count: int) -> list[int]:
+        """Kept units of an axis that has no rules of its own: of one that follows ffn, and of what all heads, or all
+        groups, of a mixer have alike."""
         energy = self._energy.get(axis)
         return list(range(count)) if energy is None else _top(energy[layer], count)
 
@@ -212,11 +214,6 @@ class Ranking:
         energy = self._energy.get("heads")
         all_Q = np.zeros(self.dims.heads) if energy is None else energy[layer]
         return _top_in_groups(all_Q, groups, per_group, self.dims.kv_heads)
-
-    def ssm_channels(self, layer: int, count: int) -> list[int]:
-        """Kept channels of the ssm heads of a layer, the same in all of them."""
-        energy = self._energy.get("ssm_head_dim")
-        return list(range(count)) if energy is None else _top(energy[layer], count)
 
     def ssm_heads(self, layer: int, count: int) -> list[int]:
         """Kept ssm heads, as many of each group, ranked inside the group."""

@@ -10,9 +10,13 @@ H head_dim · G = P·H inputs of a kv group · M ssm heads
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from kdscale.families.schema import axis_blocks, block_size
 from kdscale.prune.importance.layer_context import Collector, LayerContext, Sublayer
 from kdscale.prune.importance.optimal_brain_surgeon import explain_singular, head_removal_costs, removal_costs
 
@@ -128,6 +132,47 @@ def ssm_channels_output_energy(layer: LayerContext) -> Collector:
         return energy_U.unflatten(0, (layer.dims.ssm_heads, -1)).sum(0)
 
     return energies
+
+
+def ssm_state_output_energy(layer: LayerContext) -> Collector:
+    """[Z], Z ssm_state: the output energy of each group's heads, shared out among the group's channels of B and C.
+
+    At token t a head reads Σ over s ≤ t of (C_t · B_s) x_s, faded by a factor that is the same for all channels. A
+    channel's share is that of Σ over tokens of C² times Σ of B², as if the two tokens of a pair were independent.
+    """
+    dims, of_heads = layer.dims, ssm_heads_output_energy(layer)
+    squares = layer.sum_over_batches("ssm_in", "B and C squared", lambda x_BSU: _b_and_c(layer, x_BSU).square().sum(0))
+
+    def energies() -> Tensor:
+        b_GZ, c_GZ = squares().unflatten(0, (2, dims.ssm_groups, dims.ssm_state))
+        energy_G = of_heads().unflatten(0, (dims.ssm_groups, -1)).sum(1)
+        share_GZ = b_GZ * c_GZ
+        return (energy_G[:, None] * share_GZ / share_GZ.sum(1, keepdim=True).clamp_min(1e-300)).sum(0)
+
+    return energies
+
+
+def _b_and_c(layer: LayerContext, projected_BSU: Tensor) -> Tensor:
+    """[N, 2 · groups · state]: B and C of a Mamba 2 mixer, from what its first projection puts out."""
+    projection, convolution, bias = (layer.spec(role) for role in ("ssm_in", "ssm_conv", "ssm_conv_bias"))
+    assert projection is not None and convolution is not None, f"{layer.name} has no mixer"
+    if (scale_U := layer.buffer("ssm_scale")) is not None:
+        projected_BSU = projected_BSU * scale_U
+    rows = _state_rows(layer, convolution.axes[0])
+    weight_V1K = layer.tensor(convolution)[rows]
+    bias_V = None if bias is None else layer.tensor(bias)[rows]
+    x_BVS = projected_BSU[..., _state_rows(layer, projection.axes[0])].transpose(1, 2)
+    x_BVS = functional.pad(x_BVS, (weight_V1K.shape[-1] - 1, 0))
+    out_BVS = functional.conv1d(x_BVS, weight_V1K, bias_V, groups=len(weight_V1K))
+    return functional.silu(out_BVS).transpose(1, 2).flatten(0, 1)
+
+
+def _state_rows(layer: LayerContext, axis: str) -> slice:
+    """Where B and C are along an axis, which has the two blocks next to each other."""
+    blocks, sizes = axis_blocks(axis), asdict(layer.dims)
+    first = next(number for number, block in enumerate(blocks) if "ssm_state" in block)
+    begin = sum(block_size(block, sizes) for block in blocks[:first])
+    return slice(begin, begin + sum(block_size(block, sizes) for block in blocks[first : first + 2]))
 
 
 def _activation(layer: LayerContext, sublayer: Sublayer, heads: int) -> Collector:

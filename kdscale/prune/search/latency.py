@@ -25,7 +25,7 @@ from kdscale.prune.search.budget import Floats, Shapes
 
 LatencyKind = Literal["decode", "prefill"]
 LATENCY_KINDS: tuple[LatencyKind, LatencyKind] = ("decode", "prefill")
-_LAYER_AXES = ("hidden", "ffn", "heads", "kv_heads", "ssm_heads", "ssm_head_dim")
+_LAYER_AXES = ("hidden", "ffn", "heads", "kv_heads", "ssm_heads", "ssm_head_dim", "ssm_state")
 _DESIGN_SHAPES = 8
 
 
@@ -142,7 +142,7 @@ class LatencyModel:
 
 def _layer_key(dims: Dims) -> str:
     key = f"hidden={dims.hidden} ffn={dims.ffn} heads={dims.heads} kv_heads={dims.kv_heads}"
-    more = {"experts": dims.experts, "ssm_heads": dims.ssm_heads, "ssm_head_dim": dims.ssm_head_dim}
+    more = {axis: getattr(dims, axis) for axis in ("experts", "ssm_heads", "ssm_head_dim", "ssm_state")}
     return key + "".join(f" {axis}={size}" for axis, size in more.items() if size)
 
 
@@ -150,7 +150,9 @@ def _features(shapes: Shapes) -> Floats:
     """[R, P]: what a layer's time may be proportional to; the first feature is 1 and the last the hidden size."""
     hidden, ffn, heads, kv_heads = (shapes[a].astype(np.float64) for a in ("hidden", "ffn", "heads", "kv_heads"))
     mixed = shapes["ssm_heads"].astype(np.float64) * shapes["ssm_head_dim"]
-    of_mixers = [hidden * mixed, mixed] if mixed.any() else []  # a column of zeros would tell nothing
+    state = shapes["ssm_state"].astype(np.float64)
+    # a column of zeros would tell nothing
+    of_mixers = [hidden * mixed, hidden * state, mixed * state] if mixed.any() else []
     columns = [np.ones_like(hidden), hidden * ffn, hidden * heads, hidden * kv_heads, heads, *of_mixers, hidden]
     return np.stack(columns, axis=1)
 

@@ -72,7 +72,7 @@ def kept_units(ranking: Ranking, student: Dims) -> KeptUnits:
     experts = [ranking.experts(layer, student.experts) if has(layer, "experts") else [] for layer in layers]
     mlps: list[Sequence[int | None]] = [*experts] if student.experts else [[None]] * len(layers)
     per_group = student.heads // student.kv_heads
-    followers = {axis: getattr(student, axis) for axis in FOLLOWED if getattr(student, axis)}
+    plain = {axis: size for axis in ("ssm_head_dim", "ssm_state", *FOLLOWED) if (size := getattr(student, axis))}
     return KeptUnits(
         layers=layers,
         hidden=ranking.hidden(student.hidden),
@@ -92,17 +92,9 @@ def kept_units(ranking: Ranking, student: Dims) -> KeptUnits:
             if student.ssm_heads
             else []
         ),
-        ssm_head_dim=(
-            [
-                ranking.ssm_channels(layer, student.ssm_head_dim) if has(layer, "ssm_head_dim") else []
-                for layer in layers
-            ]
-            if student.ssm_head_dim
-            else []
-        ),
         **{
-            axis: [ranking.follower(axis, layer, size) if has(layer, axis) else [] for layer in layers]
-            for axis, size in followers.items()
+            axis: [ranking.units(axis, layer, size) if has(layer, axis) else [] for layer in layers]
+            for axis, size in plain.items()
         },
     )
 

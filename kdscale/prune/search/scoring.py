@@ -19,15 +19,17 @@ from kdscale.prune.importance.ranking import Ranking
 # Rise of log-perplexity for a lost share of 1, by prune.compensate and axis, on SmolLM2-135M (measured-pruning.md in
 # the docs): near linear over the cuts measured. For another model the order of magnitude holds, the exact ranking is a
 # guess. No mixture of experts was measured: an expert counts as ffn units that no regression gives back. No hybrid was
-# either: a share of the mixers' heads or channels counts as one of query heads. A criterion whose lost shares mean
-# something else has a weight of its own (`Criterion.damage`).
+# either: a share of the mixers' heads, channels or state counts as one of query heads. A criterion whose lost shares
+# mean something else has a weight of its own (`Criterion.damage`).
 _DAMAGE: dict[str, dict[str, float]] = {
     "two_stream": {"ffn": 3.3, "heads": 0.8, "hidden": 23.0, "layers": 5.1},
     "ridge": {"ffn": 3.7, "heads": 0.8, "hidden": 23.0, "layers": 5.1},
     "none": {"ffn": 6.5, "heads": 5.7, "hidden": 27.0, "layers": 5.1},
 }
 _DAMAGE_IN_ALL = {"experts": 6.5}  # whatever compensates
-_LIKE = dict.fromkeys(("kv_heads", "ssm_heads", "ssm_head_dim"), "heads")  # axes that count as another one does
+_LIKE = dict.fromkeys(
+    ("kv_heads", "ssm_heads", "ssm_head_dim", "ssm_state"), "heads"
+)  # axes that count as another one does
 
 
 class ShapeScoring:

@@ -20,7 +20,8 @@ _REAL_HIDDEN, _REAL_FFN = 2048, 4096
 _REAL_STEP, _SMALL_STEP = 256, 32
 # The same for experts, which expert parallelism divides.
 _MANY_EXPERTS, _EXPERTS_STEP = 64, 8
-_CHANNELS_STEP = 8  # of ssm heads
+_CHANNELS_STEP, _STATE_STEP = 8, 16  # of ssm heads, and of their state
+_OF_MIXERS = ("ssm_heads", "ssm_head_dim", "ssm_state")
 _HEADS = "heads*head_dim"
 _READ_BY_MAPS = ("hidden", _HEADS, "ffn")  # axes whose width is how much a linear map reads
 
@@ -43,7 +44,7 @@ class ShapeSpace:
         budget_axes(cfg)  # refuses axes that have no influence on the target
         if "experts" in cfg.axes and not teacher.experts:
             raise ConfigError("prune.axes", expected="axes of a dense teacher", got=", ".join(cfg.axes))
-        if {"ssm_heads", "ssm_head_dim"} & set(cfg.axes) and not teacher.ssm_heads:
+        if set(_OF_MIXERS) & set(cfg.axes) and not teacher.ssm_heads:
             got = ", ".join(cfg.axes)
             raise ConfigError("prune.axes", expected="axes of a teacher whose layers have no ssm heads", got=got)
         for axis in SHAPE_AXES:
@@ -56,8 +57,7 @@ class ShapeSpace:
             kv_heads,
             cfg.layers or teacher.layers,
             cfg.experts or teacher.experts,
-            cfg.ssm_heads or teacher.ssm_heads,
-            cfg.ssm_head_dim or teacher.ssm_head_dim,
+            *(getattr(cfg, axis) or getattr(teacher, axis) for axis in _OF_MIXERS),
         )
         if wrong := self.violations(sizes):
             fields = [f"prune.{axis}" for axis in SHAPE_AXES if getattr(cfg, axis) is not None]
@@ -90,10 +90,11 @@ class ShapeSpace:
                 self._head_options(),
                 self._options("ssm_heads", teacher.ssm_groups),
                 self._options("ssm_head_dim", cfg.ssm_head_dim_divisor or _CHANNELS_STEP),
+                self._options("ssm_state", cfg.ssm_state_divisor or _STATE_STEP),
             )
             if not self._family.violations(
                 teacher.replace(
-                    hidden=hidden, heads=heads, kv_heads=kv_heads, ssm_heads=mixer[0], ssm_head_dim=mixer[1]
+                    hidden=hidden, heads=heads, kv_heads=kv_heads, **dict(zip(_OF_MIXERS, mixer, strict=True))
                 )
             )
             for ffn, layers, kept_experts in itertools.product(

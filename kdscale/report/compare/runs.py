@@ -24,7 +24,7 @@ from kdscale.runs.metrics_log import read_metrics
 from kdscale.runs.models import CORRECTED, PRUNED, START, TEACHER, model_title
 
 SCHEMA_VERSION = 1
-_AXES = ("layers", "hidden", "ffn", "heads", "kv_heads", "experts", "ssm_heads", "ssm_head_dim")
+_AXES = ("layers", "hidden", "ffn", "heads", "kv_heads", "experts", "ssm_heads", "ssm_head_dim", "ssm_state")
 _ACCURACY = Figure("Accuracy", "tasks", "accuracy", "Accuracy over tasks", "percent", "higher")
 # The columns of a comparison: what of FIGURES tells runs apart at a glance, with short titles.
 _SHOWN = {

@@ -185,7 +185,7 @@ ALL = {"ffn": 24, "heads": 2, "kv_heads": 1, "hidden": 24, "layers": 2}
 # Without a field for head_dim the hidden size is heads · head_dim, and they are cut together.
 TOGETHER = {"heads": 3, "kv_heads": 3, "hidden": 24}
 EXPERTS = {"experts": 3}
-OF_SOME = {**EXPERTS, "ssm_heads": 4, "ssm_head_dim": 6}
+OF_SOME = {**EXPERTS, "ssm_heads": 4, "ssm_head_dim": 6, "ssm_state": 8}
 
 
 def cuts_of(family: Family) -> tuple[dict[str, int], ...]:
@@ -279,6 +279,7 @@ def random_scores(config: dict[str, Any], family: Family) -> dict[str, np.ndarra
         "experts.output_norm": (dims.layers, dims.experts),
         "ssm_heads.output_energy": (dims.layers, dims.ssm_heads),
         "ssm_head_dim.output_energy": (dims.layers, dims.ssm_head_dim),
+        "ssm_state.output_energy": (dims.layers, dims.ssm_state),
     }
     shapes |= {f"{axis}.output_energy": (dims.layers, getattr(dims, axis)) for axis in FOLLOWED}
     scores = {name: rng.random(shape) for name, shape in shapes.items()}

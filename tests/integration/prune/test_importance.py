@@ -121,6 +121,30 @@ def test_only_what_open_axes_need_is_gathered(teacher, tmp_path, cut, names):
     assert set(teacher.scores(tmp_path, **cut)) == names
 
 
+def test_state_channels_share_what_the_heads_of_their_group_put_out(teacher_of, tmp_path, monkeypatch):
+    """B and C are those that transformers hands to its scan, document by document, multipliers and all."""
+    from transformers.models.falcon_h1 import modeling_falcon_h1 as falcon
+
+    scan, calls = falcon.mamba2_chunk_scan, []
+
+    def recorded(x, dt, a, b, c, **more):
+        calls.append((b.double(), c.double()))
+        return scan(x, dt, a, b, c, **more)
+
+    monkeypatch.setattr(falcon, "mamba2_chunk_scan", recorded)
+    teacher = teacher_of("falcon_h1")
+    scores = teacher.scores(tmp_path, ssm_state=8, ssm_heads=4)
+    runs = 2 * 3 * len(teacher.batches)  # two documents in each of three rows
+    assert len(calls) == 3 * runs
+    for layer in range(3):
+        of_layer = calls[layer * runs : (layer + 1) * runs]
+        b_GZ, c_GZ = (sum(call[which].square().sum((0, 1)) for call in of_layer) for which in (0, 1))
+        shares_GZ = b_GZ * c_GZ / (b_GZ * c_GZ).sum(1, keepdim=True)
+        heads_M, states_Z = (scores[f"{axis}.output_energy"][layer] for axis in ("ssm_heads", "ssm_state"))
+        expected_Z = (torch.from_numpy(heads_M).double().view(2, 3).sum(1)[:, None] * shares_GZ).sum(0)
+        torch.testing.assert_close(torch.from_numpy(states_Z).double(), expected_Z, rtol=1e-4, atol=0)
+
+
 def test_one_layer_at_a_time(teacher, tmp_path, monkeypatch):
     """Through importance and apply, tensors of at most one layer are alive whenever another one is read."""
     read, alive = Checkpoint.tensor, {}

@@ -1,4 +1,4 @@
-"""The axis of ssm heads: which sizes a search lists, which heads stay, and what is refused; no torch."""
+"""The axes of recurrent mixers: which sizes a search lists, which heads stay, and what is refused; no torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import load_family
 from kdscale.prune.plan import Plan
 from kdscale.prune.search.planning import make_plan
+from tests.unit.families.small_configs import small_config
 
 _CONFIG: dict[str, Any] = {
     "model_type": "falcon_h1", "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "head_dim": 32,
@@ -50,6 +51,32 @@ def test_the_heads_of_a_layer_lose_the_same_channels() -> None:
     assert plan.student_params.total == _FAMILY.count_params(student).total
     searched = make_plan(_CONFIG, _FAMILY, None, PruneConfig(target_params="85%", axes=("ssm_heads", "ssm_head_dim")))
     assert {candidate.ssm_head_dim % 8 for candidate in searched.candidates} == {0}
+
+
+def test_the_groups_of_a_layer_lose_the_same_state_channels() -> None:
+    energy_LZ = np.stack([np.arange(16.0), np.arange(16.0)[::-1]])
+    plan = make_plan(_CONFIG, _FAMILY, {"ssm_state.output_energy": energy_LZ}, PruneConfig(ssm_state=8))
+    assert plan.kept.ssm_state == [list(range(8, 16)), list(range(8))]
+    assert plan.cut_axes() == ["ssm_state"]
+    assert plan.retained["ssm_state"] == pytest.approx(92 / 120)
+    student = _FAMILY.student_config(_CONFIG, plan.student.dims(), plan.kept.layers)
+    assert (student["mamba_d_state"], student["mamba_n_groups"], student["mamba_d_ssm"]) == (8, 2, 384)
+    assert plan.student_params.total == _FAMILY.count_params(student).total
+    # of two layers: rows of B and C of both groups in the projection (256 wide) and the convolution (4 wide, a bias)
+    assert plan.teacher_params.total - plan.student_params.total == 2 * (2 * 2 * 8) * (256 + 4 + 1)
+    searched = make_plan(
+        _CONFIG, _FAMILY, None, PruneConfig(target_params="98%", axes=("ssm_state",), ssm_state_divisor=4)
+    )
+    assert {candidate.ssm_state % 4 for candidate in searched.candidates} == {0}
+    assert searched.student.ssm_state < 16
+
+
+def test_the_width_of_a_delta_nets_keys_is_refused_with_its_reason() -> None:
+    config = small_config("qwen3_5_text")
+    family = load_family(config, "config.json")
+    for asked in (PruneConfig(ssm_state=4), PruneConfig(target_params="90%", axes=("ssm_state",))):
+        with pytest.raises(ConfigError, match="brought to length 1 over all channels of a key"):
+            make_plan(config, family, None, asked)
 
 
 def test_a_search_lists_multiples_of_the_groups_and_meets_the_budget() -> None:
