@@ -18,9 +18,9 @@ from kdscale.families.layer_fields import (
     Config,
     broken_constraints,
     changed_axes,
+    counted,
     cut_layer_fields,
     layer_list,
-    listed,
     narrowed,
     overrides,
     products_that_differ,
@@ -201,22 +201,11 @@ class Family:
         if field.narrowed is not None:
             value = narrowed(field.narrowed, value, config, self.where)
         if field.counts is not None:
-            value = self._counted(field.counts, name, value, config)
+            value = counted(self.data, field.counts, name, value, config, self.where)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             got = repr(value) if name in config else "no such field"
             raise CheckpointError(f"{self.where}: {name}", expected="a positive integer", got=got)
         return value
-
-    def _counted(self, list_field: str, name: str, value: Any, config: Config) -> Any:
-        """The length of a layer list, which transformers goes by; `value` where the config has no such list."""
-        entry = next(entry for entry in self.data.layer_lists if entry.field == list_field)
-        values = listed(entry, config, self.where)
-        if not isinstance(values, list) or value in (None, len(values)):
-            return len(values) if isinstance(values, list) else value
-        if type(value) is not int or value > LARGEST["layers"]:
-            return value  # which the size alone says
-        got = f"{value!r}, and {len(values)} layers in {list_field}"
-        raise CheckpointError(f"{self.where}: {name}", expected="as many layers as are listed", got=got)
 
     def violations(self, dims: Dims) -> list[str]:
         """One sentence for each rule of the family that `dims` breaks; empty when such a student can be built."""
@@ -268,8 +257,13 @@ class Family:
     def fixed_size(self, name: str, config: Config) -> int:
         """One of the family file's `sizes`, e.g. `positions`. Raises CheckpointError when it is no positive integer."""
         size = self.data.sizes[name]
-        if size.of_layers is not None and (said := overrides(self.data, config, self.where)):
-            return self._size(DimField(field=size.of_layers, absent=size.absent), said, {})
+        said = {} if size.of_layers is None else overrides(self.data, config, self.where)
+        field, holder = (size.of_layers, said) if said else (size.field, config)
+        counts = bool(said) or size.only_with is None or config.get(size.only_with, False)
+        if isinstance(size.absent, str) and not (counts and holder.get(str(field)) is not None):
+            return self._size(self.data.dims[size.absent], config, {})  # which never changes either
+        if said:
+            return self._size(DimField(field=field, absent=size.absent), said, {})
         if size.entries is not None:
             named = config.get(size.entries)
             return len(named) if isinstance(named, dict) and named else int(size.absent or 0)

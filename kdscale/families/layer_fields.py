@@ -128,6 +128,17 @@ def listed(entry: LayerList, config: Config, where: str) -> Any:
     return [letters.of[letter] for letter in text]
 
 
+def counted(data: FamilyData, list_field: str, name: str, value: Any, config: Config, where: str) -> Any:
+    """The length of a layer list, which transformers goes by; `value`, of the field `name`, where there is no list."""
+    values = listed(next(entry for entry in data.layer_lists if entry.field == list_field), config, where)
+    if not isinstance(values, list) or value in (None, len(values)):
+        return len(values) if isinstance(values, list) else value
+    if type(value) is not int or value > LARGEST["layers"]:
+        return value  # which the size alone says
+    got = f"{value!r}, and {len(values)} layers in {list_field}"
+    raise CheckpointError(f"{where}: {name}", expected="as many layers as are listed", got=got)
+
+
 def cut_layer_fields(
     data: FamilyData, config: Config, student: dict[str, Any], kept: Sequence[int], layers: int, where: str
 ) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kdscale.errors import SelfCheckError
 from kdscale.families import Family
-from kdscale.families.writers import Writer
+from kdscale.families.writers import STREAM, Writer
 from kdscale.models.head import encoder_parts
 from kdscale.models.layer_stream import DecoderLayer, LayerStream
 from kdscale.models.multimodal.language_part import path_in_whole
@@ -127,7 +127,8 @@ def masked_equals_sliced(
             where = f"teacher layer {layer_index} (student layer {position})"
             for role, writer in slicer.writers(position).items():
                 axis = "experts / ffn" if writer.of_experts else _AXES_OF.get(role, writer.axis)
-                compare.hidden(f"{where}, {axis} output", axis, outputs[0][role], outputs[1][role])
+                same = compare.hidden if writer.writes == STREAM else compare.equal
+                same(f"{where}, {axis} output", axis, outputs[0][role], outputs[1][role])
             compare.hidden(where, "layers", masked, student)
         if family.sites.final_norm:
             norm = mask.final_norm(teacher_stream.final_norm())

@@ -51,7 +51,8 @@ class UnitMask:
             else:
                 kept_U = self._axis_indicator(writer.axis, position)
                 layer.site(writer.path).register_forward_pre_hook(_scale_input(kept_U))
-            layer.site(writer.path).register_forward_hook(_scale_output(self.hidden_D))
+            written = self._axis_indicator(writer.writes, position)
+            layer.site(writer.path).register_forward_hook(_scale_output(written))
         prefix = self._family.layer_prefix(layer.index)
         self._states(layer, position, prefix)
         for spec in self._family.layer_tensors(self._config, layer.index).values():

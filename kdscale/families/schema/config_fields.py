@@ -69,16 +69,18 @@ class ProductField(Strict):
 class SizeField(Strict):
     """A size that some tensors have and that never changes in a student (positions of a learned embedding).
 
-    Either one field with what is taken when it is absent, or the sum of several. `optional`: it may be 0 or null, and
-    then it counts as 0, and tensors with it are not there. `begins_after`: a config field whose value is the last row
-    that stands for no position of a text (padding's row). `of_layers`: its name in the entries of the family's
+    Either one field with what is taken when it is absent (a number, or a dimension), or the sum of several.
+    `only_with`: a boolean field without which it counts as absent, but in `layer_overrides`. `optional`: it may be 0 or
+    null, and then it counts as 0, and tensors with it are not there. `begins_after`: a config field whose value is the
+    last row that stands for no position of a text (padding's row). `of_layers`: its name in the entries of the family's
     `layer_overrides`, where newer configs say it. `entries`: instead of `field`, one whose entries are counted (the
     names of classes).
     """
 
     field: Name | None = None
     entries: Name | None = None
-    absent: int | None = None
+    absent: int | DimName | None = None
+    only_with: Name | None = None
     sum: dict[Name, int] = Field(default={})
     optional: bool = False
     of_layers: Name | None = None

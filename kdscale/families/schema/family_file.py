@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
@@ -113,12 +112,15 @@ class FamilyData(Strict):
             for role, needs, given in (
                 ("down", "either ffn, or experts and router", sites.ffn or sites.experts), ("o", "heads", sites.heads),
                 ("ssm_out", "ssm", sites.ssm), ("conv_out", "conv", sites.conv),
+                ("latent_out", "latent", sites.latent),
             ):  # fmt: skip
                 if any(t.role == role for t in there) and not given:
                     raise ValueError(f"sites: a layer with the role {role} needs {needs}")
-            for what, values in (("name", [t.name for t in there]), ("role", [t.role for t in there])):
-                if twice := sorted(value for value, count in Counter(values).items() if count > 1):
-                    raise ValueError(f"tensors repeat the {what} {', '.join(twice)}")
+            for one, two in itertools.combinations(there, 2):
+                if one.excludes(two):
+                    continue
+                if twice := [what for what in ("name", "role") if getattr(one, what) == getattr(two, what)]:
+                    raise ValueError(f"tensors repeat the {twice[0]} {getattr(one, twice[0])}")
         return self
 
     @property

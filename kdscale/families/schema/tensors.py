@@ -34,6 +34,7 @@ _ROLES_OF: dict[Component, tuple[str, ...]] = {
         *(f"{part}{kind}" for part in _MAPS for kind in ("", "_bias")),
         # `router…`: one number an expert; the other scales what the router reads
         *("router", "router_bias", "router_correction", "router_scale", "routing_scale"),
+        "latent_in", "latent_out",  # around experts that read and write a latent
         "shared_share",  # how much of the expert that every token goes to is added
         "layer_scale",  # what a layer multiplies all that it puts out by, its input too
         *(f"act_{constant}" for constant in ("alpha_p", "alpha_n", "beta", "eps")),  # of an activation that has weights
@@ -82,6 +83,11 @@ class TensorTemplate(Strict):
         if not self.axes and not self.buffer:
             raise ValueError("axes may be empty in a buffer only")
         return self
+
+    def excludes(self, other: TensorTemplate) -> bool:
+        """Whether a flag decides which of the two there is."""
+        pairs = ((self.when, other.unless), (self.unless, other.when))
+        return any(flag is not None and flag == unless for flag, unless in pairs)
 
     @property
     def per_layer(self) -> bool:
@@ -156,6 +162,7 @@ class LayerSites(Strict):
     # of a router that reads the stream itself, and not what the experts read: its norm, which has no gain and is
     # followed by a division by √hidden
     router_norm: str = ""
+    latent: str = ""  # of experts that write to a latent: the projection from there to the stream
     shared: str = ""  # the last projection of the expert that every token goes to
     heads: str = ""  # its input is what heads and kv groups are ranked by, shape [batch, seq, heads * head_dim]
     ssm: str = ""  # its input is what ssm heads are ranked by, shape [batch, seq, ssm_heads * ssm_head_dim]
@@ -165,6 +172,11 @@ class LayerSites(Strict):
     attention: str = ""
     mlp: str = ""
     norms: tuple[str, ...] = Field(strict=False, default=())  # their outputs rank the hidden axis
+
+    @property
+    def router_reads_more(self) -> bool:
+        """Whether the router reads something else than the experts do."""
+        return bool(self.router_norm or self.latent)
 
 
 class Sites(LayerSites):

@@ -71,6 +71,13 @@ def new_weight(tensor: SlicedTensor, weights: Mapping[str, Tensor], slicer: Slic
     return stack.transpose(1, 2).contiguous() if tensor.spec.axes[-1] == "hidden" else stack
 
 
+def written_rows(slicer: Slicer, position: int, device: torch.device) -> Tensor:
+    """Of what the experts of the student's layer `position` put out in the teacher: the rows that stay."""
+    writes = slicer.writers(position)["down"].writes
+    kept = slicer.kept(writes, position)
+    return torch.tensor(range(slicer.size(writes)) if kept is None else kept, device=device)
+
+
 class ExpertInputs:
     """Records what a layer's experts read while the layer is run, within a quarter of the pass's bytes (and as much
     again of what the router reads, where that is something else)."""
@@ -82,7 +89,7 @@ class ExpertInputs:
         self._inputs = HiddenStates(quarter, device)
         self._handles = [self.experts.register_forward_pre_hook(self._record, with_kwargs=True)]
         self._routed = self._inputs  # what the router reads
-        if layer.sites.router_norm:
+        if layer.sites.router_reads_more:
             aside = replace(scratch.subfolder(_ROUTED), activation_bytes=scratch.activation_bytes // 4)
             self._routed = HiddenStates(aside, device)
             router = layer.site(layer.sites.router)
@@ -99,7 +106,7 @@ class ExpertInputs:
     def sweep(self, slicer: Slicer, position: int) -> Sweep:
         """The equations of one student's experts, in the teacher's stream; `position` is the student's layer."""
         kept, experts = slicer.plan.kept.experts[position], self.experts
-        rows_D = torch.tensor(slicer.plan.kept.hidden, device=experts.down_proj.device)
+        rows_D = written_rows(slicer, position, experts.down_proj.device)
 
         def equations(group: Sequence[int]) -> Iterator[Equations]:
             for hidden_ND, routed_ND in zip(self._inputs, self._routed, strict=True):
@@ -132,9 +139,9 @@ def refit_experts(
     plan = slicer.plan
     kept, width = plan.kept.experts[position], plan.student.ffn
     layer = plan.kept.layers[position]
-    expert_bytes = 4 * width * (width + 2 * plan.student.hidden)  # XᵀX, XᵀE and the prior
+    rows_D = written_rows(slicer, position, experts.down_proj.device)
+    expert_bytes = 4 * width * (width + 2 * len(rows_D))  # XᵀX, XᵀE and the prior
     step = max(1, room // expert_bytes)
-    rows_D = torch.tensor(plan.kept.hidden, device=experts.down_proj.device)
     errors = _ExpertErrors(experts, slicer, position)
     out: dict[str, Tensor] = {}
     for begin in range(0, len(kept), step):
@@ -191,7 +198,7 @@ class _ExpertErrors:
         x_nF = self._rows.pop(expert, None)
         if x_nF is None:
             return
-        rows_D = torch.tensor(self._slicer.plan.kept.hidden, device=x_nF.device)
+        rows_D = written_rows(self._slicer, self._position, x_nF.device)
         units = kept_units(self._slicer, self._position, expert, x_nF.device)
         weight_DF = down_weight(self._experts, expert)[rows_D].float()
         output_nD = x_nF @ weight_DF.T

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from kdscale.config.prune import PruneConfig
 from kdscale.families.schema import COMPONENT_OF
+from kdscale.families.writers import STREAM
 from kdscale.files import remove_tree
 from kdscale.models.experts import (
     Routing,
@@ -43,7 +44,7 @@ from kdscale.models.experts import (
 from kdscale.models.hidden_states import ACTIVATION_BYTES, IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, EnoughSeenError, LayerStream, TokenBatch
-from kdscale.prune.compensation.experts import Equations, kept_units, refit_experts
+from kdscale.prune.compensation.experts import Equations, kept_units, refit_experts, written_rows
 from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLE, RepairedWeights, only_adds_sublayers
 from kdscale.prune.compensation.one_stream import compensated
 from kdscale.prune.compensation.post_norm import post_norm_path
@@ -179,7 +180,7 @@ class _BothLayers:
             if layer is not None
             for role, path in paths.items()
         ]
-        if teacher.sites.router_norm:
+        if teacher.sites.router_reads_more:
             self._handles.append(teacher.site(teacher.sites.router).register_forward_pre_hook(self._see_routed))
 
     def __call__(self, both: Tensor, positions_BS: Tensor) -> Tensor:
@@ -291,14 +292,14 @@ class _BothLayers:
         self._batch_shape = tuple(positions_BS.shape)
         before, _ = self._split(task.states[0])
         after = self._teacher(before, positions_BS)
-        added = torch.stack([self._output(_TEACHER, role) for role in self._writers]).sum(0)
+        added = torch.stack([self._output(_TEACHER, role) for role in self._into_stream()]).sum(0)
         return only_adds_sublayers(before, added, after)
 
     def _target(self, role: str, teacher: Tensor, student: Tensor, beta: float) -> Tensor:
         target = self._teacher_output(role)
-        if beta:
+        if beta and self._writers[role].writes == STREAM:
             behind = teacher.float()[..., self._kept_D] - student.float()
-            for before in itertools.takewhile(lambda name: name != role, self._writers):
+            for before in itertools.takewhile(lambda name: name != role, self._into_stream()):
                 behind += self._teacher_output(before) - self._output(_STUDENT, before)
             target = target + beta * behind
         return target
@@ -330,15 +331,16 @@ class _BothLayers:
         in_teacher = routing_among_kept(self._teacher, kept, teacher_ND if self._routed is None else self._routed)
         numbers = torch.tensor(kept, device=student_ND.device)
         in_student = Routing(numbers[student_routing.chosen_NT], student_routing.weights_NT)
+        rows_D = written_rows(slicer, self.position, student_ND.device)
         output_ND = self._teacher_output("down").flatten(0, -2)
         for routing, target, model in ((in_teacher, output_ND, _TEACHER), (in_student, target_ND, _STUDENT)):
-            mixed_ND = teacher_experts.forward(teacher_ND, *routing)[:, self._kept_D].float()  # not through the hooks
+            mixed_ND = teacher_experts.forward(teacher_ND, *routing)[:, rows_D].float()  # not through the hooks
             left_ND = (target - mixed_ND) / weight_sums(teacher_experts, routing)
             for expert in group:
                 token_n, read_nD, weight_n = weighed(teacher_experts, teacher_ND, routing, expert)
                 weight_n1 = weight_n[:, None]
                 units_nF = expert_units(teacher_experts, expert, read_nD).float() * weight_n1
-                output_nD = units_nF @ down_weight(teacher_experts, expert)[self._kept_D].float().T
+                output_nD = units_nF @ down_weight(teacher_experts, expert)[rows_D].float().T
                 target_nD = output_nD + weight_n1 * left_ND[token_n]
                 if model == _TEACHER:
                     x_nK = units_nF[:, kept_units(slicer, self.position, expert, units_nF.device)]
@@ -358,7 +360,11 @@ class _BothLayers:
 
     def _teacher_output(self, role: str) -> Tensor:
         """y_T on the channels that stay."""
-        return self._output(_TEACHER, role)[..., self._kept_D]
+        output = self._output(_TEACHER, role)
+        return output[..., self._kept_D] if self._writers[role].writes == STREAM else output
+
+    def _into_stream(self) -> list[str]:
+        return [role for role, writer in self._writers.items() if writer.writes == STREAM]
 
     def _output(self, model: str, role: str) -> Tensor:
         return self._seen[model, role][1].float()

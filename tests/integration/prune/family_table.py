@@ -40,6 +40,10 @@ GEMMA4: dict[str, Any] = {
     "initializer_range": 0.1,
     "hidden_size_per_layer_input": 0, "final_logit_softcapping": 3.0,
 }  # fmt: skip
+# all layers have values of their own, and as many kv heads
+GEMMA4_UNIFIED: dict[str, Any] = {
+    **{key: value for key, value in GEMMA4.items() if key != "hidden_size_per_layer_input"}, "attention_k_eq_v": False,
+}  # fmt: skip
 DELTA_NET: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 8,
     "linear_conv_kernel_dim": 4, "initializer_range": 0.1,
@@ -73,6 +77,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 9, "final_logit_softcapping": 3.0},
     "gemma3_text": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 9, "sliding_window_pattern": 2},
     "gemma4_text": GEMMA4,
+    "gemma4_unified_text": GEMMA4_UNIFIED,
     "llama4_text": {
         "head_dim": 8,
         "num_local_experts": 5,
@@ -175,6 +180,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "initializer_range": 0.1,
             "moe_intermediate_size": 48,
             "moe_shared_expert_intermediate_size": 30,
+        },
+    ),
+    "nemotron_h, experts in a latent": (
+        "nemotron_h",
+        {
+            **NEMOTRON_H,
+            "layers_block_type": ["linear_attention", "full_attention", "moe"],
+            "n_routed_experts": 5,
+            "initializer_range": 0.1,
+            "moe_intermediate_size": 48,
+            "moe_shared_expert_intermediate_size": 30,
+            "moe_latent_size": 20,
         },
     ),
     "qwen3_moe, two kinds": ("qwen3_moe", {"num_experts": 5, "mlp_only_layers": [1], "intermediate_size": 80}),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.integration.prune.family_table import GEMMA4
+from tests.integration.prune.family_table import GEMMA4, GEMMA4_UNIFIED
 
 TEXT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -39,6 +39,13 @@ WHOLE: dict[str, dict[str, Any]] = {
             "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
             "num_key_value_heads": 2, "head_dim": 8, "patch_size": 14, "position_embedding_size": 16,
         },
+    },
+    "gemma4_unified": {
+        "text_config": {key: value for key, value in GEMMA4_UNIFIED.items() if key != "initializer_range"},
+        "vision_config": {
+            "patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 16, "mm_posemb_size": 8, "output_proj_dims": 16,
+        },
+        "audio_config": {"audio_embed_dim": 12},
     },
     "llama4": {
         "text_config": {

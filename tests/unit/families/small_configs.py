@@ -12,26 +12,24 @@ SIZES = {
     "hidden": 48, "ffn": 80, "layers": 3, "heads": 6, "kv_heads": 2, "vocab": 96, "experts": 4, "ssm_heads": 6,
     "ssm_head_dim": 8, "ssm_groups": 2, "ssm_state": 12,
 }  # fmt: skip
+_GEMMA_4 = {
+    "attention_k_eq_v": True,
+    "global_head_dim": 20,
+    "num_global_key_value_heads": 1,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+}
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _MIXED = ["linear_attention", "full_attention", "linear_attention"]
 # What makes a family's layers be of all their kinds, and its rotary positions be there.
 _SPECIAL: dict[str, dict[str, Any]] = {
-    "gemma4_text": {
-        "hidden_size_per_layer_input": 0,
-        "attention_k_eq_v": True,
-        "global_head_dim": 20,
-        "num_global_key_value_heads": 1,
-        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-    },
+    "gemma4_text": {**_GEMMA_4, "hidden_size_per_layer_input": 0},
     "gemma4_text_moe": {
+        **_GEMMA_4,
         "enable_moe_block": True,
         "hidden_size_per_layer_input": 0,
-        "attention_k_eq_v": True,
-        "global_head_dim": 20,
-        "num_global_key_value_heads": 1,
         "intermediate_size": 40,
-        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
+    "gemma4_unified_text": _GEMMA_4,
     "granitemoehybrid": {"layer_types": _MIXED, "num_local_experts": 0, "position_embedding_type": "rope"},
     "granitemoehybrid_moe": {"layer_types": _MIXED, "position_embedding_type": "rope"},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},

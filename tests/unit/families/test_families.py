@@ -49,7 +49,12 @@ SEVERAL_KINDS: list[tuple[str, dict[str, Any]]] = [
     ("ernie4_5_moe", {"moe_layer_start_index": 2, "use_bias": True}),
     ("modernbert", {"norm_bias": True, "classifier_bias": True, "decoder_bias": False}),
 ]
-_NO_SCALING = {"phi3", "gemma4_text", "gemma4_text_moe"}  # families whose classes take other fields
+_NO_SCALING = {
+    "phi3",
+    "gemma4_text",
+    "gemma4_text_moe",
+    "gemma4_unified_text",
+}  # families whose classes take other fields
 _NOT_ANY_ORDER = {"ernie4_5_moe", "modernbert"}  # families whose config cannot say every order of kinds
 _FAMILY_FILES = sorted(Path(kdscale.families.__file__).parent.glob("*.json"))
 _LLAMA = next(file for file in _FAMILY_FILES if file.stem == "llama")
