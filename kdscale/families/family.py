@@ -173,15 +173,19 @@ class Family:
         Raises CheckpointError for a missing, non-positive or absurdly large field and for sizes that transformers would
         refuse.
         """
-        sizes: dict[str, int] = {}
-        for name in sorted(self.data.dims, key=self._reading_order):
-            sizes[name] = self._size(self.data.dims[name], config, sizes)
-            check_size(f"{self.where}: {self.data.dims[name].field or name}", sizes[name], LARGEST[name])
-        dims = Dims(**sizes)
+        dims = self._read_dims(config)
         check_size(f"{self.where}: layers * experts", dims.layers * dims.experts, MOST_EXPERTS)
         if wrong := self._broken_rules(dims) or products_that_differ(self.data, config, dims):
             raise CheckpointError(f"{self.where}: the sizes do not fit together", got="; ".join(wrong))
         return dims
+
+    def _read_dims(self, config: Config) -> Dims:
+        """The sizes whether or not they fit together."""
+        sizes: dict[str, int] = {}
+        for name in sorted(self.data.dims, key=self._reading_order):
+            sizes[name] = self._size(self.data.dims[name], config, sizes)
+            check_size(f"{self.where}: {self.data.dims[name].field or name}", sizes[name], LARGEST[name])
+        return Dims(**sizes)
 
     def _reading_order(self, dim: DimName) -> tuple[bool, bool]:
         """hidden and heads first, since the others may fall back on them; last what follows from other sizes."""
@@ -209,7 +213,7 @@ class Family:
 
     def violations(self, dims: Dims) -> list[str]:
         """One sentence for each rule of the family that `dims` breaks; empty when such a student can be built."""
-        fixed = changed_axes(self.data, dims, self.dims(self._config)) if self.data.uncut else []
+        fixed = changed_axes(self.data, dims, self._read_dims(self._config)) if self.data.uncut else []
         return self._broken_rules(dims) + fixed
 
     def _broken_rules(self, dims: Dims) -> list[str]:
