@@ -56,7 +56,7 @@ def test_a_plan_meets_its_budget_and_holds_together(
 def test_cost_model_equals_the_family_count(small_config, small_family):
     cost, teacher = CostModel.of(small_config, small_family), small_family.dims(small_config)
     for hidden, ffn, (heads, kv_heads), layers in product((96, 192), (32, 256), ((6, 2), (2, 1), (4, 2)), (1, 5)):
-        sizes = dict(zip(SHAPE_AXES, (hidden, ffn, heads, kv_heads, layers, 0, 0, 0), strict=True))
+        sizes = dict(zip(SHAPE_AXES, (hidden, ffn, heads, kv_heads, layers, 0, 0, 0, 0), strict=True))
         student = small_family.student_config(small_config, teacher.replace(**sizes), list(range(layers)))
         counted = small_family.count_params(student)
         for count in ("total", "non_embedding"):
