@@ -130,7 +130,7 @@ def test_candidates_differ_in_more_than_ffn(small_config, small_family, small_sc
 def test_a_size_given_is_one_recorded_candidate(small_config, small_family, small_scores):
     plan = make_plan(small_config, small_family, small_scores, PruneConfig(ffn=64, heads=4))
     (only,) = plan.candidates
-    assert only.sizes() == (192, 64, 4, 2, 6, 0, 0, 0)
+    assert only.sizes() == (192, 64, 4, 2, 6, 0, 0, 0, 0)
     assert only.params == plan.student_params.total
     assert only.bytes == 2 * only.params  # bf16 where the config does not say
     assert 0 < only.score < 1
