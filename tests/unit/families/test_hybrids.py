@@ -91,7 +91,7 @@ def test_a_layer_with_attention_stays_however_little_it_counts() -> None:
 def test_keys_and_values_are_those_of_layers_with_attention() -> None:
     family = load_family(_GRANITE, "config.json")
     assert family.cached_numbers(_GRANITE) == 2 * 2 * 8
-    shape = [32, 48, 4, 2, 4, 0, 6, 16]
+    shape = [32, 48, 4, 2, 4, 0, 6, 16, 12]
     assert CostModel.of(_GRANITE, family).kv_bytes(columns([shape])).tolist() == [2 * 2 * 1 * 2 * 8]
 
 
