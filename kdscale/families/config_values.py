@@ -15,7 +15,7 @@ def flag_of(data: FamilyData, config: Config, name: str, where: str) -> bool:
     """One of the family's flags. Raises CheckpointError naming `where` for a value that is neither true nor false."""
     flag = data.flags[name]
     if flag.is_set:
-        return config[flag.field] is not None if flag.field in config else flag.absent
+        return bool(config[flag.field]) if flag.field in config else flag.absent
     value = config.get(flag.field, flag.absent)
     if not isinstance(value, bool):
         raise CheckpointError(f"{where}: {flag.field}", expected="true or false", got=repr(value))

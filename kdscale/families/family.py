@@ -183,8 +183,10 @@ class Family:
         """The sizes whether or not they fit together."""
         sizes: dict[str, int] = {}
         for name in sorted(self.data.dims, key=self._reading_order):
-            sizes[name] = self._size(self.data.dims[name], config, sizes)
-            check_size(f"{self.where}: {self.data.dims[name].field or name}", sizes[name], LARGEST[name])
+            field = self.data.dims[name]
+            there = field.when is None or flag_of(self.data, config, field.when, self.where)
+            sizes[name] = self._size(field, config, sizes) if there else 0
+            check_size(f"{self.where}: {field.field or name}", sizes[name], LARGEST[name])
         return Dims(**sizes)
 
     def _reading_order(self, dim: DimName) -> tuple[bool, bool]:
@@ -325,7 +327,8 @@ class Family:
             layer: count for layer, count in self.layers_by_kind(config).items()
             if "kv_heads" in self.layer_axes(config, layer)
         }  # fmt: skip
-        return sum(axis_size(self.data.cached_of(kinds[layer]), sizes) * n for layer, n in attending.items())
+        axes = ((self.data.cached_of(kinds[layer]), n) for layer, n in attending.items())
+        return sum(axis_size(axis, sizes) * n for axis, n in axes if axis is not None)
 
     # -- figures -------------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def underived_sizes(data: FamilyData, dims: Dims, fixed: Mapping[str, int]) -> l
     return [
         f"{name} ({sizes[name]}) is not {rule} ({evaluate(rule, sizes)}): the family's config has no field for it"
         for name, rule in derived.items()
-        if sizes[name] != evaluate(rule, sizes)
+        if sizes[name] != evaluate(rule, sizes) and not (data.dims[name].when is not None and sizes[name] == 0)
     ]
 
 

@@ -16,7 +16,13 @@ Kinds = frozenset[str]  # of one layer: one name for each entry of the family's 
 def layer_kinds(data: FamilyData, config: Config, layers: int, where: str) -> list[Kinds]:
     """The kinds of each layer. Raises CheckpointError for a field that says no kind of a layer."""
     answers = [_answers(rule, data, config, layers, where) for rule in data.layer_kinds]
-    return [frozenset(of_layer) for of_layer in zip(*answers, strict=True)] if answers else [frozenset()] * layers
+    kinds = [frozenset(of_layer) for of_layer in zip(*answers, strict=True)] if answers else [frozenset()] * layers
+    if lacking := lacking_sources(data, kinds):
+        raise CheckpointError(
+            f"{where}: layers read keys and values of earlier ones", got="none",
+            expected=f"a layer of the kinds {', '.join(sorted(lacking[0]))}",
+        )  # fmt: skip
+    return kinds
 
 
 def write_layer_kinds(data: FamilyData, student: dict[str, Any], wanted: Sequence[Kinds], where: str) -> None:
@@ -37,6 +43,24 @@ def write_layer_kinds(data: FamilyData, student: dict[str, Any], wanted: Sequenc
                 f"no {data.name} model has the kept layers in their order", expected=f"layers that {fields} can give",
                 got=order, hint="keep other layers, or leave the axis layers alone",
             )  # fmt: skip
+    if lacking := lacking_sources(data, wanted):
+        raise ConfigError(
+            f"no {data.name} model has the kept layers", got="none with keys and values of its own",
+            expected=f"a layer of the kinds {', '.join(sorted(lacking[0]))}, whose keys and values others read",
+        )  # fmt: skip
+
+
+def lacking_sources(data: FamilyData, kinds: Sequence[Kinds]) -> list[Kinds]:
+    """Of which kinds a model of such layers needs one more, with keys and values of its own, that others can read.
+
+    Where any layer reads those of an earlier one, there must be an earlier one of all kinds that there are.
+    """
+    sharing = data.shared_keys_in
+    if sharing is None or not any(sharing in each for each in kinds):
+        return []
+    (rule,) = (rule for rule in data.layer_kinds if sharing in rule.names)
+    own = frozenset(rule.names) - {sharing}
+    return list(dict.fromkeys(each - {sharing} | own for each in kinds if each - {sharing} | own not in kinds))
 
 
 def _answers(rule: LayerKinds, data: FamilyData, config: Config, layers: int, where: str) -> list[str]:
@@ -69,13 +93,15 @@ def _holds(condition: LayerCondition, config: Config, layers: int, where: str) -
         listed = set(range(layers) if value is None and condition.rule == "in" else value or ())
         return [(layer in listed) == (condition.rule == "in") for layer in range(layers)]
     number = condition.absent if value is None else value
-    if type(number) is not int or (condition.rule == "every" and number < 1):
+    if type(number) is not int or number < {"every": 1, "last": 0}.get(condition.rule, number):
         expected = "a positive number" if condition.rule == "every" else "a number of layers"
         raise CheckpointError(f"{where}: {condition.field}", expected=expected, got=repr(number)[:100])
     if condition.rule == "every":
         return [(layer + 1) % number == 0 for layer in range(layers)]
     if condition.rule == "from":
         return [layer >= number for layer in range(layers)]
+    if condition.rule == "last":
+        return [layer >= layers - number for layer in range(layers)]
     return [number == -1 or layer <= number for layer in range(layers)]
 
 
@@ -85,7 +111,7 @@ def _rewrite(rule: LayerKinds, student: dict[str, Any], marked: Sequence[bool]) 
     first, last = (numbers[0], numbers[-1]) if numbers else (len(marked), len(marked) - 1)
     values: dict[str, Any] = {
         "in": numbers, "not_in": [layer for layer, mark in enumerate(marked) if not mark],
-        "from": first, "to": last, "every": 1,
+        "from": first, "to": last, "last": len(marked) - first, "every": 1,
     }  # fmt: skip
     for condition in rule.where:
         if condition.unless is None:

@@ -15,6 +15,7 @@ STREAM = "hidden"
 # By role, in the order in which they are refitted: each makes up for what is left open by those before it.
 _SITE_OF = {
     "o": "heads", "ssm_out": "ssm", "conv_out": "conv", SHARED_DOWN: "shared", "down": "ffn", "latent_out": "latent",
+    "layer_input_out": "layer_input",
 }  # fmt: skip
 
 

@@ -1,12 +1,13 @@
-"""The calibration hidden states between two layers: in memory up to a budget, in a file beyond it.
+"""The calibration hidden states between two layers: in memory up to a budget, in a file beyond it. And what some models
+carry beside the stream.
 
-B batch · S sequence · D hidden
+B batch · S sequence · D hidden · E what a state holds of a token, the stream and what is beside it
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from kdscale.errors import FileError
+from kdscale.families import Family
+from kdscale.families.schema import axis_blocks
 from kdscale.files import explain_os_errors, fsync_file, safe_join
 
 ACTIVATION_BYTES = 1 << 30
@@ -36,6 +39,80 @@ class Scratch:
 
 
 IN_MEMORY = Scratch()
+
+
+Keys = dict[str, tuple[Tensor, Tensor]]  # keys and values [B, kv heads, S, head dim], by the kind of layers
+
+
+@dataclass(frozen=True)
+class BesideStream:
+    """What a token's state holds behind its `hidden` numbers of the stream; nothing in most models.
+
+    First the inputs that each of `layers` layers has of its own, `width` numbers each; then, by the name that
+    transformers has for a kind of layers, the keys and values that later layers of the kind read: `keys` has their
+    heads and head dimension. So a state is all that the rest of the model depends on, whatever layers it goes through.
+    """
+
+    hidden: int
+    layers: int = 0
+    width: int = 0
+    keys: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, family: Family, config: Mapping[str, Any]) -> BesideStream:
+        """What the layers of this model read beside the stream."""
+        data, dims, kinds = family.data, family.dims(config), family.layer_kinds(config)
+        width = 0 if data.layer_inputs is None else family.fixed_size(data.layer_inputs, config)
+        keys: dict[str, tuple[int, int]] = {}
+        if data.shared_keys_in is not None and any(data.shared_keys_in in each for each in kinds):
+            (field_name,) = (rule.field for rule in data.layer_kinds if rule.field is not None)
+            entry = next(entry for entry in data.layer_lists if entry.field == field_name)
+            sizes = asdict(dims) | family.fixed_sizes
+            for name, each in zip(family.layer_list(entry, config, dims.layers) or (), kinds, strict=True):
+                if (cached := data.cached_of(each)) is not None:
+                    ((_, heads, dim),) = axis_blocks(cached)
+                    keys[name] = (sizes[str(heads)], sizes[str(dim)])
+        return cls(dims.hidden, dims.layers, width, keys)
+
+    @property
+    def size(self) -> int:
+        """E."""
+        return self.hidden + self.layers * self.width + sum(2 * heads * dim for heads, dim in self.keys.values())
+
+    def stream(self, state: Tensor) -> Tensor:
+        """[..., D] of [..., E]: the stream alone."""
+        return state if state.shape[-1] == self.hidden else state[..., : self.hidden]
+
+    def entering(self, hidden_BSD: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """The state [B, S, E] before the first layer, from the stream and each layer's own input."""
+        out = hidden_BSD.new_zeros(*hidden_BSD.shape[:-1], self.size)
+        both = torch.cat([hidden_BSD, *(each.to(hidden_BSD.dtype) for each in inputs)], dim=-1)
+        out[..., : both.shape[-1]] = both
+        return out
+
+    def with_stream(self, state: Tensor, hidden_BSD: Tensor) -> Tensor:
+        """The state with another stream."""
+        return hidden_BSD if self.size == self.hidden else torch.cat([hidden_BSD, state[..., self.hidden :]], dim=-1)
+
+    def input_of(self, state: Tensor, layer: int) -> Tensor | None:
+        """What layer `layer` has of its own; None where layers have nothing."""
+        begin = self.hidden + layer * self.width
+        return state[..., begin : begin + self.width] if self.width else None
+
+    def shared(self, state: Tensor) -> Keys:
+        """The keys and values of the last layer of each kind that had some."""
+        out, begin = Keys(), self.hidden + self.layers * self.width
+        for kind, (heads, dim) in self.keys.items():
+            both = state[..., begin : begin + 2 * heads * dim].unflatten(-1, (2, heads, dim)).transpose(1, 3)
+            out[kind] = (both[:, :, 0], both[:, :, 1])
+            begin += 2 * heads * dim
+        return out
+
+    def leaving(self, state: Tensor, hidden_BSD: Tensor, keys: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
+        """The state behind a layer, from the one before it."""
+        inputs = state[..., self.hidden : self.hidden + self.layers * self.width]
+        flat = [torch.stack(keys[kind], dim=2).transpose(1, 3).flatten(-3) for kind in self.keys]
+        return torch.cat([hidden_BSD, inputs, *(each.to(hidden_BSD.dtype) for each in flat)], dim=-1)
 
 
 class _Extent(NamedTuple):

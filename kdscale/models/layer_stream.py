@@ -4,7 +4,10 @@ The layers are transformers' own modules: a model of one layer is built on the m
 just that layer, and given that layer's tensors. Masks, rotary positions and everything else a family does are therefore
 transformers', and what is measured here is what the whole model would compute.
 
-B batch · S sequence · D hidden · N chosen tokens · V vocabulary
+Layers of some models read more than the stream: an input of their own, or the keys and values of an earlier layer. A
+state holds that too then, behind the stream (`BesideStream`); `LayerStream.stream` takes the stream out of it.
+
+B batch · S sequence · D hidden · E a state · N chosen tokens · V vocabulary
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from torch import Tensor, nn
 
 from kdscale.errors import DataError
 from kdscale.families import Family, Sites, TensorSpec
-from kdscale.families.cuttable import ending_well
+from kdscale.families.cuttable import may_end, sources_lacking
 from kdscale.models.attention import attend_within_documents, to_attention
 from kdscale.models.experts import weigh_inputs
 from kdscale.models.head import OutputHead, encoder_parts, head_of, logit_scale, without_cache, without_head
-from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
+from kdscale.models.hidden_states import IN_MEMORY, BesideStream, HiddenStates, Keys, Scratch
 from kdscale.models.loading import auto_class, built_config, explain_library_errors
 from kdscale.models.parameter_map import assemble
 from kdscale.models.skeleton import move_buffers
@@ -40,7 +43,11 @@ class TokenBatch(Protocol):
 
 
 _IN_FP32 = ("router_correction",)  # roles of small numbers that transformers keeps in fp32 whatever the dtype
-_EMBEDDING_ROLES = ("embed", "position_embed", "type_embed", "embed_norm", "embed_norm_bias")
+_AS_STORED = ("layer_embed",)  # a table of all layers: what is looked up is in the dtype of the rest
+_EMBEDDING_ROLES = (
+    "embed", "position_embed", "type_embed", "embed_norm", "embed_norm_bias", "layer_embed", "layer_inputs",
+    "layer_inputs_norm",
+)  # fmt: skip
 _TRANSFORM_ROLES = ("transform", "transform_bias", "transform_norm", "transform_norm_bias")
 _LOGITS_AT_ONCE = 1 << 25  # values of one chunk of rows
 
@@ -54,7 +61,8 @@ class EnoughSeenError(Exception):
 class DecoderLayer:
     """Layer `index` of a model with its weights; `model` is a model of that one layer without other weights."""
 
-    def __init__(self, model: nn.Module, family: Family, config: Mapping[str, Any], index: int):
+    def __init__(self, model: nn.Module, family: Family, config: Mapping[str, Any], index: int, beside: BesideStream):
+        self._beside = beside
         self.index, self.sites = index, family.layer_sites(config, index)
         # of the router's tensors, the dimension that counts experts
         self.router_axes = {
@@ -64,6 +72,8 @@ class DecoderLayer:
         }
         self._base: Any = without_head(model)
         self._encoder = encoder_parts(model)
+        if family.data.layer_inputs is not None:  # each layer is given its own: the model is to make none
+            setattr(self._base, str(family.data.sizes[family.data.layer_inputs].field), 0)
         self.module: nn.Module = model.get_submodule(f"{family.sites.layers}.0")
 
     def site(self, path: str) -> nn.Module:
@@ -76,22 +86,26 @@ class DecoderLayer:
         for parameter in self.module.parameters():
             parameter.data = parameter.data.new_empty(0)
 
-    def __call__(self, hidden_BSD: Tensor, position_ids_BS: Tensor) -> Tensor:
+    def __call__(self, state_BSE: Tensor, position_ids_BS: Tensor) -> Tensor:
         """What leaves the layer. Positions on the host spare a wait for the device to learn where documents begin."""
-        handle = self.module.register_forward_pre_hook(enter_with(hidden_BSD), prepend=True, with_kwargs=True)
-        device = hidden_BSD.device
+        beside, device = self._beside, state_BSE.device
+        hidden_BSD, own = beside.stream(state_BSE), beside.input_of(state_BSE, self.index)
+        handle = self.module.register_forward_pre_hook(enter_with(hidden_BSD, own), prepend=True, with_kwargs=True)
+        keys = _shared_keys(beside.shared(state_BSE)) if beside.keys else {}
         try:
-            return self._base(
+            after_BSD: Tensor = self._base(
                 inputs_embeds=hidden_BSD, position_ids=position_ids_BS.to(device), attention_mask=None,
                 **without_cache(self._encoder), **to_attention(self._base, position_ids_BS, None, device),
+                **({"shared_kv_states": keys} if beside.keys else {}),
             ).last_hidden_state  # fmt: skip
         finally:
             handle.remove()
+        return after_BSD if beside.size == beside.hidden else beside.leaving(state_BSE, after_BSD, keys)
 
-    def look(self, hidden_BSD: Tensor, position_ids_BS: Tensor) -> None:
+    def look(self, state_BSE: Tensor, position_ids_BS: Tensor) -> None:
         """Run the layer for the sake of its hooks, until one of them raises EnoughSeenError."""
         with suppress(EnoughSeenError):
-            self(hidden_BSD, position_ids_BS)
+            self(state_BSE, position_ids_BS)
 
 
 class LayerStream:
@@ -106,7 +120,11 @@ class LayerStream:
     ):
         self.config, self.family, self._source = config, family, source
         self.dtype, self.device = dtype, device
-        self.dims = family.dims(config)
+        self.dims, self.beside = family.dims(config), BesideStream.of(family, config)
+
+    def stream(self, state: Tensor) -> Tensor:
+        """[..., D] of [..., E]: what norms and the head read of a state."""
+        return self.beside.stream(state)
 
     @property
     def depth(self) -> int:
@@ -118,11 +136,13 @@ class LayerStream:
 
         `change` is shown the model before it runs.
         """
-        model, sites = self._one_layer_model(0), self.family.sites
+        sites, inputs = self.family.sites, list[Tensor]()  # those that layers have of their own
+        deep = bool(self.beside.width)
+        model = self._model_of(range(self.depth)) if deep else self._one_layer_model(0)
         self._fill(model, self._outer(*_EMBEDDING_ROLES), sites.embed)
         model.get_submodule(sites.embed).to(self.device)
         _move_rotary(model, sites, self.device)
-        replace_module(model, sites.layers, nn.ModuleList())
+        replace_module(model, sites.layers, nn.ModuleList(_SeesInput(inputs) for _ in range(self.depth if deep else 0)))
         self._leave_out(model, sites.final_norm, sites.pooler)
         change(model)
         base, encoder = without_head(model), encoder_parts(model)
@@ -131,11 +151,12 @@ class LayerStream:
         first = encoder.first_position if encoder is not None else 0
 
         def enter(input_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
+            inputs.clear()
             hidden_BSD: Tensor = base(
                 input_ids=input_ids_BS, position_ids=position_ids_BS + first, attention_mask=None,
                 **without_cache(encoder),
             ).last_hidden_state  # fmt: skip
-            return hidden_BSD
+            return self.beside.entering(hidden_BSD, inputs) if self.beside.size > self.beside.hidden else hidden_BSD
 
         return enter
 
@@ -154,7 +175,7 @@ class LayerStream:
         norms = [spec.parameter.removesuffix(".weight") for spec in self._outer("embed_norm").values()]
         self._leave_out(model, sites.final_norm, sites.pooler, *norms)  # the hidden state leaves the layer as it is
         _move_rotary(model, sites, self.device)
-        return DecoderLayer(model, self.family, self.config, index)
+        return DecoderLayer(model, self.family, self.config, index, self.beside)
 
     def layers(self) -> Iterator[DecoderLayer]:
         """All layers in order; each is released when the next one is asked for."""
@@ -203,7 +224,7 @@ class LayerStream:
         return lambda hidden: head.logits(hidden * scale)
 
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch = IN_MEMORY) -> HiddenStates:
-        """The hidden states that enter the first layer, one [B, S, D] per batch; raises as `embedded` does."""
+        """The states that enter the first layer, one [B, S, E] per batch; raises as `embedded` does."""
         states = HiddenStates(scratch, self.device)
         for state_BSD in self.embedded(batches):
             states.append(state_BSD)
@@ -238,31 +259,47 @@ class LayerStream:
 
     def _one_layer_model(self, index: int) -> nn.Module:
         """The model with layer `index` alone and no weights: parameters on the meta device, buffers real."""
-        from accelerate import init_empty_weights
-        from transformers.initialization import no_init_weights
-
         # transformers would make another layer of one that comes first, or last: it is built between those that do
         first = [0] if self.family.data.first_layer_differs else []
-        built = list(dict.fromkeys([*first, index, *ending_well(self.family, self.config, [index])]))
-        student = self.family.student_config(self.config, self.dims.replace(layers=len(built)), built)
-        config = self.family.language(student)
-        with explain_library_errors(self.family.where), init_empty_weights(include_buffers=False), no_init_weights():
-            model: nn.Module = auto_class(config).from_config(built_config(config), dtype=self.dtype)
+        built, lacks = sorted({*first, index, self._last_with(index)}), sources_lacking(self.family, self.config)
+        while missing := lacks(built):  # nor can it be built without one whose keys and values it reads
+            built = sorted({*built, missing[0][0]})
+        model = self._model_of(built)
         if len(built) > 1:
-            layers = list(model.get_submodule(self.family.sites.layers).children())
-            replace_module(model, self.family.sites.layers, nn.ModuleList([layers[built.index(index)]]))
+            place, layers = built.index(index), list(model.get_submodule(self.family.sites.layers).children())
+            replace_module(model, self.family.sites.layers, nn.ModuleList([layers[place]]))
+            if self.family.data.shared_keys_in is not None:  # it is the first now, also to the model's own config
+                for entry in self.family.data.layer_lists:
+                    values: Any = getattr(model.config, entry.field)
+                    values[0] = values[place]
         encoder_parts(model)  # found once, while nothing is left out
         if self.family.data.experts_weigh == "input" and (sites := self.family.layer_sites(self.config, index)).experts:
             weigh_inputs(model.get_submodule(f"{sites.layers}.0"), sites)
         attend_within_documents(model)
         return model.eval().requires_grad_(False)
 
+    def _last_with(self, index: int) -> int:
+        """The layer to build last beside layer `index`: itself where a model may end with it, but for models in which
+        the last layers read keys and values, since no layer gives out any without such."""
+        return index if may_end(self.family, self.config)[index] and not self.beside.keys else self.depth - 1
+
+    def _model_of(self, layers: Sequence[int]) -> nn.Module:
+        from accelerate import init_empty_weights
+        from transformers.initialization import no_init_weights
+
+        student = self.family.student_config(self.config, self.dims.replace(layers=len(layers)), layers)
+        config = self.family.language(student)
+        with explain_library_errors(self.family.where), init_empty_weights(include_buffers=False), no_init_weights():
+            model: nn.Module = auto_class(config).from_config(built_config(config), dtype=self.dtype)
+        return model.eval().requires_grad_(False)
+
     def _fill(self, model: nn.Module, specs: Mapping[str, TensorSpec], path: str) -> None:
         """Read tensors (by name on disk) into `model`; the module at `path` must have all its weights then."""
 
         def read(name: str) -> Tensor:
-            dtype = torch.float32 if specs[name].role in _IN_FP32 else self.dtype
-            return self._source(name).to(self.device, dtype)
+            role, tensor = specs[name].role, self._source(name)
+            dtype = torch.float32 if role in _IN_FP32 else tensor.dtype if role in _AS_STORED else self.dtype
+            return tensor.to(self.device, dtype)
 
         state = assemble(specs, read)
         model.load_state_dict(state, strict=False, assign=True)
@@ -274,7 +311,7 @@ class NextToken:
     """Final norm and head of one model: hidden states → log-probabilities in fp32."""
 
     def __init__(self, stream: LayerStream):
-        self._head, self._norm = stream.head(), stream.final_norm()
+        self._head, self._norm, self._stream = stream.head(), stream.final_norm(), stream.stream
         self.rows_at_once = max(1, _LOGITS_AT_ONCE // stream.dims.vocab)
 
     def log_probabilities(self, state_BSD: Tensor, rows_N: Tensor) -> Tensor:
@@ -283,7 +320,7 @@ class NextToken:
 
     def of_rows(self, state_ND: Tensor) -> Tensor:
         """[N, V] for what leaves the last layer at N tokens."""
-        return torch.log_softmax(self._head(self._norm(state_ND)), dim=-1)
+        return torch.log_softmax(self._head(self._norm(self._stream(state_ND))), dim=-1)
 
 
 def _move_rotary(model: nn.Module, sites: Sites, device: torch.device) -> None:
@@ -299,15 +336,35 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), leaf, module)
 
 
-def enter_with(hidden_BSD: Tensor) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]:
+def _shared_keys(keys: Keys) -> Any:
+    """As transformers' models take them, and fill in those of the layers that run."""
+    from transformers.cache_utils import KVSharingDict
+
+    return KVSharingDict(keys)
+
+
+class _SeesInput(nn.Module):
+    """Stands for a layer: passes the stream on, and keeps what this layer would be given of its own."""
+
+    def __init__(self, seen: list[Tensor]):
+        super().__init__()
+        self._seen = seen
+
+    def forward(self, hidden_BSD: Tensor, own: Tensor, **_: Any) -> Tensor:
+        self._seen.append(own)
+        return hidden_BSD
+
+
+def enter_with(hidden_BSD: Tensor, own: Tensor | None = None) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]:
     """A pre-hook of the first layer that hands it this hidden state, whatever the model made of its embeddings.
 
-    Multipliers and learned positions belong before the first layer only, and here any layer is run as the first.
+    Multipliers and learned positions belong before the first layer only, and here any layer is run as the first. `own`
+    stands for what the layer is given behind the stream, if that is something.
     """
 
     def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            return (hidden_BSD, *args[1:]), kwargs
+            return (hidden_BSD, *(args[1:] if own is None else (own, *args[2:]))), kwargs
         return args, {**kwargs, "hidden_states": hidden_BSD}
 
     return hook

@@ -10,6 +10,8 @@ from kdscale.families import Family
 # Criteria that compare distributions of the next token, which an encoder does not tell.
 _OF_NEXT_TOKENS = ("one_by_one", "loss")
 
+_TIMED = ("target_decode", "target_prefill")
+
 
 def settled(cfg: PruneConfig, family: Family) -> PruneConfig:
     """The settings with what `auto` stands for in this family; those of most decoders as they are.
@@ -48,6 +50,11 @@ def _settled_decoder(cfg: PruneConfig, family: Family) -> PruneConfig:
         raise ConfigError(
             "prune.axes", expected=f"axes that can be cut in {family.name}", got=fixed[0],
             hint=f"leave {fixed[0]} out: {family.data.uncut[fixed[0]]}",
+        )  # fmt: skip
+    if family.data.layer_inputs is not None and cfg.target is not None and cfg.target[0] in _TIMED:
+        raise ConfigError(
+            f"prune.{cfg.target[0]}", expected="a target that is counted, such as target_params",
+            got=f"{family.name}, whose layers are not timed without those before them",
         )  # fmt: skip
     if not any(template.role == "layer_scale" for template in family.data.tensors):
         return cfg

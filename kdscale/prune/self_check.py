@@ -110,9 +110,10 @@ def masked_equals_sliced(
     teacher_stream.check_positions([batch.position_ids_BS])
     with torch.inference_mode():
         enter = teacher_stream.embedding(mask.embedding)
-        masked = enter(input_ids_BS.to(device), batch.position_ids_BS.to(device)) * mask.hidden_D
+        masked = enter(input_ids_BS.to(device), batch.position_ids_BS.to(device))
+        masked = teacher_stream.beside.with_stream(masked, teacher_stream.stream(masked) * mask.hidden_D)
         student = student_stream.embed([batch])[0]
-        compare.hidden("the embedding", "hidden", masked, student)
+        compare.hidden("the embedding", "hidden", teacher_stream.stream(masked), student_stream.stream(student))
         for position, layer_index in enumerate(plan.kept.layers):
             outputs: list[dict[str, Tensor]] = [{}, {}]
             layer = teacher_stream.layer(layer_index)
@@ -129,7 +130,8 @@ def masked_equals_sliced(
                 axis = "experts / ffn" if writer.of_experts else _AXES_OF.get(role, writer.axis)
                 same = compare.hidden if writer.writes == STREAM else compare.equal
                 same(f"{where}, {axis} output", axis, outputs[0][role], outputs[1][role])
-            compare.hidden(where, "layers", masked, student)
+            compare.hidden(where, "layers", teacher_stream.stream(masked), student_stream.stream(student))
+        masked, student = teacher_stream.stream(masked), student_stream.stream(student)
         if family.sites.final_norm:
             norm = mask.final_norm(teacher_stream.final_norm())
             masked, student = norm(masked), student_stream.final_norm()(student)
@@ -223,8 +225,8 @@ def reload_parity(
         hidden = stream.embed([batch])[0]
         for layer in stream.layers():
             hidden = layer(hidden, batch.position_ids_BS)
-            compare.equal(f"reloaded layer {layer.index}", "layers", states[layer.index], hidden)
-        streamed = stream.head()(stream.final_norm()(hidden))
+            compare.equal(f"reloaded layer {layer.index}", "layers", states[layer.index], stream.stream(hidden))
+        streamed = stream.head()(stream.final_norm()(stream.stream(hidden)))
         difference = compare.equal("the reloaded model's logits", "all", reloaded, streamed)
         rounded = dtype.itemsize < 4
         figures = {"reload_vs_streamed": difference}

@@ -169,6 +169,8 @@ class Slicer:
             return list(range(size))
         if factor == "hidden":
             return self.plan.kept.hidden
+        if factor == "layers":  # a table of all layers
+            return self.plan.kept.layers
         assert position is not None, f"a tensor outside the layers has the axis {factor}"
         return self.plan.kept.units(str(factor), position, expert)
 

@@ -64,8 +64,16 @@ class UnitMask:
                 self._norm(layer.site(path), self._axis_indicator(spec.axes[0], position), scale)
 
     def embedding(self, model: nn.Module) -> None:
-        """Make the norms between embedding and first layer compute what the student's do."""
+        """Make what stands between embedding and first layer compute what the student's does.
+
+        The map to the layers' own inputs divides by √hidden; only the epsilon of the norm behind it tells.
+        """
         self._outer_norms(model, "embed_norm")
+        for spec in self._outer("layer_inputs"):
+            module = model.get_submodule(spec.parameter.removesuffix(".weight"))
+            module.register_forward_pre_hook(_scale_input(self.hidden_D))
+            grow = math.sqrt(self._plan.teacher.hidden / self._plan.student.hidden)
+            module.register_forward_hook(_scale_output(grow))
 
     def head(self, model: nn.Module) -> None:
         """The same of what an encoder has between its last layer and its head."""

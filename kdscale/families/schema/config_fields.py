@@ -29,7 +29,8 @@ class DimField(Strict):
 
     Without a fallback a config without the field is refused. `always` replaces `field` where transformers has no field
     and always takes this; sizes that break the equation are then no model of the family. `counts`: the layer list whose
-    length it is, which stands for an absent field and must agree with one that is there.
+    length it is, which stands for an absent field and must agree with one that is there. `when`: a flag without which
+    the size is 0, as in models without such layers.
     """
 
     field: Name | None = None
@@ -39,6 +40,7 @@ class DimField(Strict):
     always: Expression | None = None
     counts: Name | None = None
     narrowed: Narrowed | None = None
+    when: Name | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> DimField:
@@ -99,7 +101,8 @@ class SizeField(Strict):
 
 
 class FlagField(Strict):
-    """A boolean of config.json that decides whether some tensors exist; with `is_set` whether the field is not null."""
+    """A boolean of config.json that decides whether some tensors exist; with `is_set` whether the field is neither null
+    nor 0."""
 
     field: Name
     absent: bool

@@ -68,7 +68,12 @@ class FamilyData(Strict):
     window: Window | None = None  # without it attention reaches back to the document's first token
     norm: Norm = Norm()
     cached: Axis = "2*kv_heads*head_dim"  # numbers of a token that a layer keeps for those after it
-    cached_in: dict[Name, Axis] = Field(default={})  # the same in layers of a kind that keeps others
+    cached_in: dict[Name, Axis | None] = Field(default={})  # the same in layers of a kind that keeps others, or none
+    # the kind of layers that read the keys and values of the last layer before them which is not of this kind, and of
+    # the same kinds otherwise
+    shared_keys_in: Name | None = None
+    # one of `sizes`: how wide the input is that each layer has of its own, given to it behind the stream
+    layer_inputs: Name | None = None
     # what the model multiplies its embeddings by, where that follows from the config's sizes and changes with them
     embed_multiplier: Literal["sqrt_hidden"] | None = None
     gguf: Gguf | None = None  # without it no GGUF file is written
@@ -84,22 +89,24 @@ class FamilyData(Strict):
 
     def exists_in(self, template: TensorTemplate, kinds: Collection[str]) -> bool:
         """Whether layers of these kinds have such a tensor."""
-        return not template.only_in or bool(set(template.only_in) & set(kinds))
+        here = not template.only_in or bool(set(template.only_in) & set(kinds))
+        return here and not set(template.not_in) & set(kinds)
 
     def sites_of(self, kinds: Collection[str]) -> Sites:
         """The sites of a layer of these kinds."""
         return self.sites.of_kinds(sites for kind, sites in self.sites_in.items() if kind in kinds)
 
-    def cached_of(self, kinds: Collection[str]) -> str:
-        """The axis of the numbers of a token that a layer of these kinds keeps."""
+    def cached_of(self, kinds: Collection[str]) -> str | None:
+        """The axis of the numbers of a token that a layer of these kinds keeps; None where it keeps none."""
         return next((axis for kind, axis in self.cached_in.items() if kind in kinds), self.cached)
 
     @model_validator(mode="after")
     def _kinds_agree(self) -> FamilyData:
         known = [name for rule in self.layer_kinds for name in rule.names]
-        used = {*self.sites_in, *self.cached_in, *(kind for t in self.tensors for kind in t.only_in)}
+        used = {*self.sites_in, *self.cached_in, *(kind for t in self.tensors for kind in (*t.only_in, *t.not_in))}
+        used |= {self.shared_keys_in} if self.shared_keys_in else set()
         if len(set(known)) < len(known) or used - set(known):
-            raise ValueError(f"layer_kinds gives {known} but tensors, sites_in and cached_in use {sorted(used)}")
+            raise ValueError(f"layer_kinds gives {known} but tensors, sites_in and others use {sorted(used)}")
         listed = {rule.field for rule in self.layer_kinds if rule.field is not None}
         if self.chosen is not None and self.chosen.entry is not None:
             listed.add(self.chosen.field)
@@ -112,7 +119,7 @@ class FamilyData(Strict):
             for role, needs, given in (
                 ("down", "either ffn, or experts and router", sites.ffn or sites.experts), ("o", "heads", sites.heads),
                 ("ssm_out", "ssm", sites.ssm), ("conv_out", "conv", sites.conv),
-                ("latent_out", "latent", sites.latent),
+                ("latent_out", "latent", sites.latent), ("layer_input_out", "layer_input", sites.layer_input),
             ):  # fmt: skip
                 if any(t.role == role for t in there) and not given:
                     raise ValueError(f"sites: a layer with the role {role} needs {needs}")
@@ -202,7 +209,9 @@ class FamilyData(Strict):
         known = {*self.dims, *self.sizes}
         axes = [axis for t in self.tensors for axis in t.axes] + [c.equals for c in self.constraints if c.equals]
         axes += [product.equals for product in self.products]
-        axes += [self.cached, *self.cached_in.values()]
+        axes += [self.cached, *filter(None, self.cached_in.values())]
+        if self.layer_inputs not in {None, *self.sizes}:
+            raise ValueError(f"layer_inputs: {self.layer_inputs!r} is not in sizes")
         fields = [*self.dims.values(), *([self.experts_per_token] if self.experts_per_token else [])]
         if loose_rules := [rule.by for rule in self.constraints if rule.by is not None and rule.by not in known]:
             raise ValueError(f"constraints: {loose_rules[0]!r} is neither in dims nor in sizes")

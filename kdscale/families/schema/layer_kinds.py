@@ -13,11 +13,12 @@ class LayerCondition(Strict):
     """What one field of the config asks of a layer's number, counted from 0.
 
     `every`: the number plus one is a multiple of the field. `from`, `to`: the number is at least, or at most, the field
-    (to −1: all layers). `in`, `not_in`: the field lists layer numbers; absent or null it asks for nothing. `absent`
-    stands for a missing or null number. `unless`: the condition counts only where this other field is absent or null.
+    (to −1: all layers). `last`: it is one of so many at the end. `in`, `not_in`: the field lists layer numbers; absent
+    or null it asks for nothing. `absent` stands for a missing or null number. `unless`: the condition counts only where
+    this other field is absent or null.
     """
 
-    rule: Literal["every", "from", "to", "in", "not_in"]
+    rule: Literal["every", "from", "to", "last", "in", "not_in"]
     field: Name
     absent: int | None = None
     unless: Name | None = None
@@ -25,7 +26,7 @@ class LayerCondition(Strict):
     @model_validator(mode="after")
     def _number_has_a_default(self) -> LayerCondition:
         if (self.rule in ("in", "not_in")) != (self.absent is None):
-            raise ValueError("absent: needed for every, from and to, and of no use for in and not_in")
+            raise ValueError("absent: needed for every, from, to and last, and of no use for in and not_in")
         return self
 
 

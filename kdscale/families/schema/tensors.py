@@ -17,11 +17,12 @@ _MAPS = ("gate", "up", "gate_up", "down", "shared_gate", "shared_up", "shared_ga
 _NORMS_WITHOUT_BIAS = ("q_norm", "k_norm", "q_a_norm", "kv_a_norm", "ssm_norm")
 _NORMS = (
     "embed_norm", "attn_norm", *_NORMS_WITHOUT_BIAS, "attn_post_norm", "ffn_norm", "ffn_post_norm", "final_norm",
+    "layer_inputs_norm", "layer_input_post_norm",
     "experts_norm", "experts_post_norm", "shared_post_norm",  # of experts beside an MLP, each with norms of its own
     "attn_sum_norm", "ffn_sum_norm",  # of the stream itself, once a sublayer's output was added to it (BERT)
 )  # fmt: skip
 _ROLES_OF: dict[Component, tuple[str, ...]] = {
-    "embedding": ("embed", "position_embed", "type_embed"),
+    "embedding": ("embed", "position_embed", "type_embed", "layer_embed"),
     "attention": ("q", "q_bias", "k", "k_bias", "v", "v_bias", "qkv", "qkv_bias", "o", "o_bias", "sinks", *_MLA),
     # of Mamba 2 and gated delta nets: what enters, the convolution over it, decay, step, skip, and what leaves
     "mixer": (
@@ -36,6 +37,9 @@ _ROLES_OF: dict[Component, tuple[str, ...]] = {
         *("router", "router_bias", "router_correction", "router_scale", "routing_scale"),
         "latent_in", "latent_out",  # around experts that read and write a latent
         "shared_share",  # how much of the expert that every token goes to is added
+        # of an input that each layer has of its own: the map from the embedding to those of all layers (beside
+        # `layer_embed`), and in a layer what of the stream it is multiplied by, and what writes the product
+        *("layer_inputs", "layer_input_gate", "layer_input_out"),
         "layer_scale",  # what a layer multiplies all that it puts out by, its input too
         *(f"act_{constant}" for constant in ("alpha_p", "alpha_n", "beta", "eps")),  # of an activation that has weights
     ),
@@ -75,6 +79,7 @@ class TensorTemplate(Strict):
     unless: str | None = None  # only if this flag is false
     # only in layers of one of these kinds, which `layer_kinds` gives; empty: in all layers
     only_in: tuple[Name, ...] = Field(strict=False, default=())
+    not_in: tuple[Name, ...] = Field(strict=False, default=())  # in no layers of these kinds
     loads_as: Name | None = None
     architectures: tuple[Name, ...] = Field(strict=False, default=())  # those that have it; empty: all of the family
 
@@ -162,6 +167,7 @@ class LayerSites(Strict):
     # of a router that reads the stream itself, and not what the experts read: its norm, which has no gain and is
     # followed by a division by √hidden
     router_norm: str = ""
+    layer_input: str = ""  # the last projection of an input that each layer has of its own
     latent: str = ""  # of experts that write to a latent: the projection from there to the stream
     shared: str = ""  # the last projection of the expert that every token goes to
     heads: str = ""  # its input is what heads and kv groups are ranked by, shape [batch, seq, heads * head_dim]

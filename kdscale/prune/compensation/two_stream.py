@@ -41,7 +41,7 @@ from kdscale.models.experts import (
     weighed,
     weight_sums,
 )
-from kdscale.models.hidden_states import ACTIVATION_BYTES, IN_MEMORY, HiddenStates, Scratch
+from kdscale.models.hidden_states import ACTIVATION_BYTES, IN_MEMORY, BesideStream, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, EnoughSeenError, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import Equations, kept_units, refit_experts, written_rows
@@ -108,7 +108,7 @@ def embedded_pairs(
 
 
 class _BothModels:
-    """Teacher and student as one LayerSource: a token's state is the teacher's D numbers and the student's D'."""
+    """Teacher and student as one LayerSource: a token's state is the teacher's E numbers and the student's E'."""
 
     def __init__(self, stream: LayerStream, slicer: Slicer, teacher: Checkpoint):
         self.depth, self.device, self._slicer = stream.depth, stream.device, slicer
@@ -132,7 +132,8 @@ class _BothModels:
         kept = self._slicer.plan.kept.layers
         position = kept.index(index) if index in kept else None
         student = None if position is None else self._student.layer(position)
-        return _BothLayers(self._teacher.layer(index), student, self._slicer, position, self.device)
+        beside = (self._teacher.beside, self._student.beside)
+        return _BothLayers(self._teacher.layer(index), student, self._slicer, position, self.device, beside)
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,9 @@ class _BothLayers:
         slicer: Slicer,
         position: int | None,
         device: torch.device,
+        beside: tuple[BesideStream, BesideStream],
     ):
-        self.index, self.position = teacher.index, position
+        self.index, self.position, self._beside = teacher.index, position, beside
         self._teacher, self._student, self._slicer = teacher, student, slicer
         self._kept_D = torch.tensor(slicer.plan.kept.hidden, device=device)
         self._writers = {} if position is None else slicer.writers(position)
@@ -284,14 +286,14 @@ class _BothLayers:
         for index, batch in enumerate(task.batches):
             before = task.states[index]
             self._look(before, batch.position_ids_BS, roles)
-            yield self._target(role, *self._split(before), task.cfg.stream_correction if self._only_adds else 0.0)
+            yield self._target(role, *self._streams(before), task.cfg.stream_correction if self._only_adds else 0.0)
 
     def _finds_only_sums(self, task: _Task) -> bool:
         """Whether the teacher's layer adds the outputs of its sublayers to its input and nothing else."""
         positions_BS = task.batches[0].position_ids_BS
         self._batch_shape = tuple(positions_BS.shape)
-        before, _ = self._split(task.states[0])
-        after = self._teacher(before, positions_BS)
+        after = self._beside[0].stream(self._teacher(self._split(task.states[0])[0], positions_BS))
+        before, _ = self._streams(task.states[0])
         added = torch.stack([self._output(_TEACHER, role) for role in self._into_stream()]).sum(0)
         return only_adds_sublayers(before, added, after)
 
@@ -354,8 +356,11 @@ class _BothLayers:
         self._routed = args[0]
 
     def _split(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        sizes = [self._slicer.plan.teacher.hidden, self._slicer.plan.student.hidden]
-        teacher, student = both.split(sizes, dim=-1)
+        teacher, student = both.split([each.size for each in self._beside], dim=-1)
+        return teacher, student
+
+    def _streams(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        teacher, student = (each.stream(state) for each, state in zip(self._beside, self._split(both), strict=True))
         return teacher, student
 
     def _teacher_output(self, role: str) -> Tensor:

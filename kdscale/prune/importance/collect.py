@@ -142,7 +142,7 @@ def collect_scores(
             stream_sums = _collectors(of_norms, LayerContext(stream, None, [final], ridge, model_wide))
             with torch.inference_mode():
                 for state in walk.states:
-                    final(state)
+                    final(stream.stream(state))
                 _add_to(walk.running, stream_sums)
         for row in of_norms:
             if row.name in walk.running:

@@ -128,10 +128,10 @@ class LayerContext:
         """Call `watcher(before_BSD, after_BSD)` with the hidden states around the layer, for every batch."""
         self._watchers.append(watcher)
 
-    def see(self, before_BSD: Tensor, after_BSD: Tensor) -> None:
-        """Show one batch to all watchers."""
+    def see(self, before_BSE: Tensor, after_BSE: Tensor) -> None:
+        """Show one batch to all watchers, of the states around the layer the stream."""
         for watcher in self._watchers:
-            watcher(before_BSD, after_BSD)
+            watcher(self._stream.stream(before_BSE), self._stream.stream(after_BSE))
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """What `make()` returned for the first layer: for answers that hold for the whole model."""

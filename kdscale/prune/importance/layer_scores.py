@@ -114,7 +114,7 @@ def _head_losses(stream: LayerStream, batches: Sequence[TokenBatch], states: Hid
         sums[-1] += int((labels_N != IGNORED_LABEL).sum())
         for copy in range(copies):
             with torch.inference_mode():
-                hidden_ND = norm(states[index * copies + copy]).flatten(0, -2) * scale
+                hidden_ND = norm(stream.stream(states[index * copies + copy])).flatten(0, -2) * scale
             sums[copy] += _cross_entropy(hidden_ND, labels_N, head)
     sums = all_reduce_sum(sums)
     if not sums[-1]:
@@ -149,9 +149,9 @@ def angular_distances(
     layers, tokens = stream.dims.layers, sum(batch.input_ids_BS.numel() for batch in batches)
     walk = LayerPass(stream, batches, scratch, advance)
     for layer in walk.layers():
-        walk.running[f"entered-{layer.index}"] = _sampled(walk.states, tokens)
+        walk.running[f"entered-{layer.index}"] = stream.stream(_sampled(walk.states, tokens)).contiguous()
         walk.run(layer)
-        after_RD = _sampled(walk.states, tokens)
+        after_RD = stream.stream(_sampled(walk.states, tokens))
         sums_L = torch.zeros(layers + 1, dtype=torch.float64)  # from each layer's input; the last one counts
         for start in range(layer.index + 1):
             sums_L[start] = _angle_sum(walk.running[f"entered-{start}"], after_RD)

@@ -20,6 +20,7 @@ from kdscale.config.criteria import FOLLOWED, Criterion
 from kdscale.config.prune import PlannedRepair, PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims
+from kdscale.families.cuttable import Lacks, with_sources
 from kdscale.runs.importance_scores import ImportanceScores
 
 Floats = NDArray[np.float64]
@@ -70,15 +71,18 @@ class Ranking:
         expert_groups: int = 1,
         keeps_first: bool = False,
         may_end: Sequence[bool] | None = None,
+        lacks: Lacks | None = None,
     ):
         """`needed`: axes that may be cut. `layer_axes`: those that each layer has, by default all of them.
         `expert_groups`: of which each keeps as many experts as any other. `keeps_first`: no student lacks layer 0.
         `may_end`: of each layer, whether a student may end with it; by default with any.
+        `lacks`: see `sources_lacking`.
 
         Raises ConfigError when a score they need is missing or malformed.
         """
         self.dims, self.cfg, self.has_scores, self._layer_axes = dims, cfg, scores is not None, layer_axes
         self._expert_groups, self._keeps_first, self._may_end = expert_groups, keeps_first, may_end
+        self._lacks = lacks
         self._energy: dict[str, Floats] = {}
         blocks = cfg.criterion("layers").scores_blocks
         shapes = {
@@ -143,18 +147,28 @@ class Ranking:
         if self._may_end is not None and not self._may_end[kept[-1]]:
             last = [layer for layer in every if self._may_end[layer]][-1:]
             kept = self._with_one_of(last, kept, f"layer {last[0]}, with which the model ends")
+        if self._lacks is not None and self._lacks(kept):
+            self._refuse_block(kept, "layers whose keys and values others read")
+            ends = self._may_end or [True] * self.dims.layers
+            kept = with_sources(kept, self._lacks, ends.__getitem__, self._layer_score)
         return kept
 
     def _with_one_of(self, wanted: Sequence[int], kept: list[int], what: str) -> list[int]:
         """`kept` with the best of the `wanted` layers in the place of the weakest."""
+        self._refuse_block(kept, what)
+        weakest, best = min(kept, key=self._layer_score), max(wanted, key=self._layer_score)
+        return sorted({*kept, best} - {weakest})
+
+    def _refuse_block(self, kept: list[int], what: str) -> None:
         if self.cfg.contiguous_layers or self.cfg.criterion("layers").scores_blocks:
             raise ConfigError(
                 "prune.layers", expected=f"a block of layers that leaves {what}",
                 got=f"only layers {', '.join(map(str, kept))} stay", hint="keep more layers, or not contiguous ones",
             )  # fmt: skip
-        scores = self._energy.get("layers", np.arange(self.dims.layers, dtype=np.float64))
-        weakest, best = min(kept, key=lambda layer: scores[layer]), max(wanted, key=lambda layer: scores[layer])
-        return sorted({*kept, best} - {weakest})
+
+    def _layer_score(self, layer: int) -> float:
+        scores = self._energy.get("layers")
+        return float(layer if scores is None else scores[layer])
 
     def _best_layers(self, count: int) -> list[int]:
         """The layers with the highest scores.

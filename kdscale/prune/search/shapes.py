@@ -14,7 +14,7 @@ import numpy as np
 
 from kdscale.config.prune import PruneConfig
 from kdscale.families import Family
-from kdscale.families.cuttable import may_end
+from kdscale.families.cuttable import may_end, sources_lacking
 from kdscale.families.dims import SHAPE_AXES
 from kdscale.prune.axes import BudgetKind, Sizes, budget_axes, openable_axes
 from kdscale.prune.candidates import ShapeCandidate
@@ -67,7 +67,8 @@ class Search:
         axes = [self.family.layer_axes(self.config, layer) for layer in range(self.teacher.layers)]
         needed, (groups, _) = openable_axes(self.cfg, self.teacher), self.family.expert_groups
         first, ends = self.family.data.first_layer_differs, may_end(self.family, self.config)
-        return Ranking(self.teacher, self.scores, self.cfg, needed, axes, groups, first, ends)
+        lacks = sources_lacking(self.family, self.config)
+        return Ranking(self.teacher, self.scores, self.cfg, needed, axes, groups, first, ends, lacks)
 
     @cached_property
     def scoring(self) -> ShapeScoring:

@@ -198,6 +198,7 @@ def _exact(path: Path, dtype: torch.dtype, sample: MicroBatch) -> Tensor:
     hidden_BSH = stream.embedding()(sample.input_ids_BS, sample.position_ids_BS)
     for layer in stream.layers():
         hidden_BSH = layer(hidden_BSH, sample.position_ids_BS)
+    hidden_BSH = stream.stream(hidden_BSH)
     return stream.head()(stream.final_norm()(hidden_BSH).flatten(0, 1).index_select(0, sample.rows_N))
 
 

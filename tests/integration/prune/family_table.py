@@ -44,6 +44,12 @@ GEMMA4: dict[str, Any] = {
 GEMMA4_UNIFIED: dict[str, Any] = {
     **{key: value for key, value in GEMMA4.items() if key != "hidden_size_per_layer_input"}, "attention_k_eq_v": False,
 }  # fmt: skip
+# each layer has an input of its own, and the last two read keys and values of others
+GEMMA4_SMALL: dict[str, Any] = {
+    **GEMMA4, "attention_k_eq_v": False, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+    "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "full")],
+    "hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 64,
+}  # fmt: skip
 DELTA_NET: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 8,
     "linear_conv_kernel_dim": 4, "initializer_range": 0.1,
@@ -166,6 +172,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma4_text",
         {**GEMMA4, "enable_moe_block": True, "num_experts": 5, "moe_intermediate_size": 48, "intermediate_size": 40},
     ),
+    "gemma4_text, small": ("gemma4_text", GEMMA4_SMALL),
     "granitemoehybrid, experts": (
         "granitemoehybrid",
         {**GRANITE_HYBRID, "num_local_experts": 5, "shared_intermediate_size": 30, "intermediate_size": 48},

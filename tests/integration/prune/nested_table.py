@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.integration.prune.family_table import GEMMA4, GEMMA4_UNIFIED
+from tests.integration.prune.family_table import GEMMA4_SMALL, GEMMA4_UNIFIED
 
 TEXT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -34,10 +34,14 @@ WHOLE: dict[str, dict[str, Any]] = {
         "vision_config": SIGLIP, "mm_tokens_per_image": 4,
     },
     "gemma4": {
-        "text_config": {key: value for key, value in GEMMA4.items() if key != "initializer_range"},
+        "text_config": {key: value for key, value in GEMMA4_SMALL.items() if key != "initializer_range"},
         "vision_config": {
             "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
             "num_key_value_heads": 2, "head_dim": 8, "patch_size": 14, "position_embedding_size": 16,
+        },
+        "audio_config": {
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "subsampling_conv_channels": [4, 4],
+            "output_proj_dims": 12,
         },
     },
     "gemma4_unified": {

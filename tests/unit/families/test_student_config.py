@@ -124,10 +124,10 @@ def test_a_model_whose_last_layer_transformers_chooses_ends_with_that_layer() ->
     overrides = {"1": {"head_dim": 20, "num_key_value_heads": 1}, "2": {"head_dim": 20, "num_key_value_heads": 1}}
     config = small_config("gemma4_text", layer_types=types, per_layer_config=overrides, global_head_dim=999)
     family = load_family(config, "config.json")
-    assert family.fixed_sizes == {"global_head_dim": 20, "global_kv_heads": 1}
+    assert (family.fixed_sizes["global_head_dim"], family.fixed_sizes["global_kv_heads"]) == (20, 1)
     # without values that are their keys all layers have as many kv heads, whatever the field says
     plain = small_config("gemma4_text", attention_k_eq_v=False)
-    assert load_family(plain, "config.json").fixed_sizes == {"global_head_dim": 20, "global_kv_heads": 2}
+    assert load_family(plain, "config.json").fixed_sizes["global_kv_heads"] == 2
     assert may_end(family, config) == [False, True, True]
     assert ending_well(family, config, [0]) == [2]
     dims = family.dims(config).replace(layers=2)
@@ -161,12 +161,37 @@ def test_what_gemma_4_cannot_do_is_said(prune: dict[str, Any], told: str) -> Non
     ("field", "value"),
     [("hidden_size_per_layer_input", None), ("num_kv_shared_layers", 2)],
 )
-def test_small_models_of_gemma_4_are_refused(field: str, value: Any) -> None:
+def test_mixtures_of_gemma_4_have_no_inputs_of_layers(field: str, value: Any) -> None:
     """A missing field stands for what transformers takes then."""
-    config = {**small_config("gemma4_text"), field: value}
+    config = {**small_config("gemma4_text_moe"), field: value}
     config = {name: given for name, given in config.items() if given is not None}
     with pytest.raises(CheckpointError, match=rf"{field}(?s:.*)not described"):
         load_family(config, "config.json")
-    config = {"model_type": "gemma4_text", "hidden_size": 1536, "num_kv_shared_layers": 20}  # as E2B's begins
-    with pytest.raises(CheckpointError, match=r"hidden_size_per_layer_input(?s:.*)small models"):
-        load_family({"model_type": "gemma4", "text_config": config}, "config.json")
+
+
+def test_layers_that_read_keys_and_values_of_others_keep_some_to_read() -> None:
+    """Gemma 4 E2B: whatever the scores say, and where a plan says otherwise it is refused."""
+    types = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    config = small_config(
+        "gemma4_text", layer_types=types, num_hidden_layers=5, num_kv_shared_layers=2, attention_k_eq_v=False
+    )
+    family = load_family(config, "config.json")
+    assert family.cached_numbers(config) == 2 * 2 * (256 + 20 + 256)
+    kept = {}
+    for count in range(1, 6):
+        scores = {"layers.one_by_one": np.array([2.0, 1.0, 3.0, 4.0, 5.0])}
+        kept[count] = make_plan(config, family, scores, PruneConfig(layers=count)).kept.layers
+    assert kept == {1: [1], 2: [1, 4], 3: [1, 2, 4], 4: [1, 2, 3, 4], 5: [0, 1, 2, 3, 4]}
+    student = family.student_config(config, family.dims(config).replace(layers=3), [1, 2, 4])
+    assert student["num_kv_shared_layers"] == 1
+    assert family.student_config(config, family.dims(config).replace(layers=2), [0, 1])["num_kv_shared_layers"] == 0
+    with pytest.raises(ConfigError, match=r"layer of the kinds full, own, whose keys and values others read"):
+        family.student_config(config, family.dims(config).replace(layers=2), [0, 4])
+    assert ending_well(family, config, [0, 2, 3]) == [0, 1, 4]
+    with pytest.raises(CheckpointError, match="keys and values of earlier ones"):
+        load_family({**config, "num_kv_shared_layers": 4}, "config.json").layer_kinds(
+            {**config, "num_kv_shared_layers": 4}
+        )
+    timed = PruneConfig(target_decode="80%", axes=("ffn",))
+    with pytest.raises(ConfigError, match="not timed without those before them"):
+        make_plan(config, family, scores, timed)
