@@ -30,7 +30,7 @@ from kdscale.models.layer_stream import DecoderLayer, LayerStream
 from kdscale.models.multimodal.language_part import path_in_whole
 from kdscale.prune.carried import carried_blocks
 from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLES, find_gaps
-from kdscale.prune.compensation.one_stream import compensated
+from kdscale.prune.compensation.one_stream import rewritten
 from kdscale.prune.compensation.readers import is_refitted_reader
 from kdscale.prune.plan import Plan
 from kdscale.prune.reloading import layers_on_disk, plain_load
@@ -157,13 +157,13 @@ def _unrounded(teacher: Checkpoint, slicer: Slicer) -> Callable[[str], Tensor]:
 def files_equal_slices(teacher: Checkpoint, family: Family, plan: Plan, student: Checkpoint) -> None:
     """Every tensor on disk is the teacher's slice, bit for bit, or (compensated) finite. Raises SelfCheckError."""
     slicer = Slicer(teacher.config, family, plan)
-    changed = [compensated(plan, slicer, position) for position in range(plan.student.layers)]
+    changed = [rewritten(plan, slicer, position) for position in range(plan.student.layers)]
     refits = plan.methods.hidden == REFIT
     repaired = {gap.position for gap in find_gaps(plan)}
     for source, target, spec, position in slicer.tensors():
         refitted = (refits and "hidden" in spec.axes) or is_refitted_reader(slicer, spec, position)
-        rewritten = position is not None and spec.role in changed[position]
-        if refitted or rewritten or (spec.role in REPAIRED_ROLES and position in repaired):
+        fitted = position is not None and spec.role in changed[position]
+        if refitted or fitted or (spec.role in REPAIRED_ROLES and position in repaired):
             good = all(bool(torch.isfinite(block).all()) for block in student.blocks(target, _BLOCK_BYTES))
         else:
             good = _is_written(student, target, slicer.slice(teacher.tensor(source), spec, position))

@@ -36,9 +36,18 @@ def compensated(plan: Plan, slicer: Slicer, position: int) -> dict[str, Writer]:
     return {role: writer for role, writer in slicer.writers(position).items() if slicer.cuts(writer.axis)}
 
 
+def rewritten(plan: Plan, slicer: Slicer, position: int) -> dict[str, Writer]:
+    """The same with those that are refitted because what they read changes: behind a state that is cut, from both
+    streams, since the teacher's alone tells nothing of it."""
+    out = compensated(plan, slicer, position)
+    if plan.methods.compensate != "two_stream" or not slicer.cuts("ssm_state"):
+        return out
+    return {role: writer for role, writer in slicer.writers(position).items() if role in out or role == "ssm_out"}
+
+
 def compensates(plan: Plan, slicer: Slicer) -> bool:
     """Whether this plan rewrites any projection by regression."""
-    return any(compensated(plan, slicer, position) for position in range(plan.student.layers))
+    return any(rewritten(plan, slicer, position) for position in range(plan.student.layers))
 
 
 def fits_experts(plan: Plan, slicer: Slicer, position: int) -> bool:

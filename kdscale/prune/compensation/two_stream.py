@@ -46,7 +46,7 @@ from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, EnoughSeenError, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import Equations, kept_units, refit_experts, written_rows
 from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLE, RepairedWeights, only_adds_sublayers
-from kdscale.prune.compensation.one_stream import compensated
+from kdscale.prune.compensation.one_stream import rewritten
 from kdscale.prune.compensation.post_norm import post_norm_path
 from kdscale.prune.compensation.readers import RIDGE, ReaderMap, mapped, module_path, refitted_readers, token_weights
 from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
@@ -204,7 +204,7 @@ class _BothLayers:
         """
         slicer = self._slicer
         assert self._student is not None and self.position is not None
-        cut, out, refitted = compensated(slicer.plan, slicer, self.position), dict[str, Tensor](), set[str]()
+        cut, out, refitted = rewritten(slicer.plan, slicer, self.position), dict[str, Tensor](), set[str]()
         for role, writer in self._writers.items():
             if (component := COMPONENT_OF[role]) not in refitted:
                 out |= self._refit_readers(component, task)
@@ -257,8 +257,7 @@ class _BothLayers:
         family, module = self._slicer.family, self._student.site(path)
         weight_DK, bias_D = family.output_by_input(role, module.weight), getattr(module, "bias", None)
         kept = self._slicer.kept(self._writers[role].axis, self.position)
-        assert kept is not None
-        inputs_K = torch.tensor(kept, device=weight_DK.device)
+        inputs_K = torch.tensor(kept or range(weight_DK.shape[1]), device=weight_DK.device)
         sums, sample = TargetSums(weight_DK), InputSample(len(task.batches))
         offset = 0.0 if bias_D is None else bias_D.float()
         for target in self._targets(role, task):
@@ -267,7 +266,7 @@ class _BothLayers:
             sums.add(self._seen[_STUDENT, role][0], target - offset)
         sums.reduce()
         solved_DK = sums.solve(task.cfg.ridge_lambda, f"{path} of the student's layer {self.position}")
-        if task.recovered is not None:
+        if task.recovered is not None and kept is not None:
             teacher_module = self._teacher.site(path)
             weight_DU = family.output_by_input(role, teacher_module.weight)[self._kept_D]
             task.recovered.add(self.index, role, sample, weight_DU, inputs_K, solved_DK)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, DataError, SelfCheckError
 from kdscale.models.loading import load_model
+from kdscale.prune import self_check
 from kdscale.prune.search.planning import make_plan
 from kdscale.runs.importance_scores import DIRECTIONS, FINAL_COVARIANCE, ImportanceScores, load_scores, write_scores
 from kdscale.weights import Checkpoint
@@ -143,6 +144,21 @@ def test_state_channels_share_what_the_heads_of_their_group_put_out(teacher_of, 
         heads_M, states_Z = (scores[f"{axis}.output_energy"][layer] for axis in ("ssm_heads", "ssm_state"))
         expected_Z = (torch.from_numpy(heads_M).double().view(2, 3).sum(1)[:, None] * shares_GZ).sum(0)
         torch.testing.assert_close(torch.from_numpy(states_Z).double(), expected_Z, rtol=1e-4, atol=0)
+
+
+def test_what_leaves_a_mixer_is_refitted_behind_a_smaller_state(teacher_of, tmp_path):
+    """From both streams alone: in the teacher's nothing that the projection reads goes."""
+    teacher, logits = teacher_of("falcon_h1"), {}
+    for compensate in ("teacher", "none", "two_stream"):
+        if compensate != "teacher":
+            plan = teacher.prune(tmp_path / compensate, ssm_state=8, compensate=compensate)
+        folder = teacher.checkpoint.path if compensate == "teacher" else tmp_path / compensate
+        model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
+        with torch.inference_mode():
+            logits[compensate] = model(input_ids=teacher.ids).logits.log_softmax(-1)
+    self_check.files_equal_slices(teacher.checkpoint, teacher.family, plan, Checkpoint.open(tmp_path / "two_stream"))
+    lost = {name: float((found - logits["teacher"]).square().sum()) for name, found in logits.items()}
+    assert lost["two_stream"] < lost["none"]
 
 
 def test_one_layer_at_a_time(teacher, tmp_path, monkeypatch):

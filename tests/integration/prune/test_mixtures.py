@@ -92,6 +92,7 @@ def test_scores_of_a_shared_expert_and_of_dense_layers_are_what_the_model_comput
     ("model_type", "roles"),
     [
         ("ernie4_5_moe", {"o", "down", "shared_down"}),
+        ("nemotron_h, experts in a latent", {"o", "down", "shared_down"}),
         pytest.param("gpt_oss", {"o", "down"}, marks=pytest.mark.long),
         pytest.param("llama4_text", {"o", "down", "shared_down"}, marks=pytest.mark.long),
         pytest.param("gemma4_text, experts", {"o", "down", "shared_down"}, marks=pytest.mark.long),
