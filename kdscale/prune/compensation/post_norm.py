@@ -76,7 +76,8 @@ def refit_through_norm(
         sums = TargetSums(divisor_D[:, None] * weight_DK)
         for u, target, weight in rows():
             u_NK, weight_N1 = u.flatten(0, -2).float(), weight.flatten(0, -2)
-            sums.add(u_NK / _rms(u_NK @ weight_DK.T, epsilon) * weight_N1, target.flatten(0, -2) * weight_N1)
+            share_N1 = weight_N1 / root_mean_square(u_NK @ weight_DK.T, epsilon)
+            sums.add(u_NK * share_N1, target.flatten(0, -2) * weight_N1)
         sums.reduce()
         weight_DK = sums.solve(ridge, what) / divisor_D[:, None]
         gain_D = _gain(rows, weight_DK, gain_D, epsilon, ridge)
@@ -87,14 +88,14 @@ def refit_through_norm(
 
 def through_norm(z_ND: Tensor, gain_D: Tensor, epsilon: float) -> Tensor:
     """What an RMS norm with this gain makes of `z_ND`, which may have more dimensions in front."""
-    return gain_D * z_ND / _rms(z_ND, epsilon)
+    return gain_D * z_ND / root_mean_square(z_ND, epsilon)
 
 
 def _gain(rows: Rows, weight_DK: Tensor, gain_D: Tensor, epsilon: float, ridge: float) -> Tensor:
     sums_2D = torch.zeros(2, len(gain_D), dtype=torch.float64, device=weight_DK.device)
     for u, target, weight in rows():
         z_ND, weight_N1 = u.flatten(0, -2).float() @ weight_DK.T, weight.flatten(0, -2)
-        normed_ND = z_ND / _rms(z_ND, epsilon) * weight_N1
+        normed_ND = z_ND / root_mean_square(z_ND, epsilon) * weight_N1
         sums_2D[0] += (normed_ND * (target.flatten(0, -2).float() * weight_N1)).sum(0, dtype=torch.float64)
         sums_2D[1] += normed_ND.square().sum(0, dtype=torch.float64)
     products_D, squares_D = all_reduce_sum(sums_2D)
@@ -104,7 +105,8 @@ def _gain(rows: Rows, weight_DK: Tensor, gain_D: Tensor, epsilon: float, ridge: 
     return ((products_D + penalty * gain_D) / (squares_D + penalty)).float()
 
 
-def _rms(z_ND: Tensor, epsilon: float) -> Tensor:
+def root_mean_square(z_ND: Tensor, epsilon: float) -> Tensor:
+    """What an RMS norm divides `z_ND` by: [N, 1]."""
     return z_ND.square().mean(-1, keepdim=True).add(epsilon).sqrt()
 
 

@@ -79,6 +79,21 @@ def test_a_refitted_student_passes_every_check_and_is_nearer(teacher, other_teac
     assert errors[0] < 0.8 * errors[1]
 
 
+def test_sizes_that_a_norm_takes_away_do_not_count(other_teachers, teacher_class, tmp_path):
+    """Tokens' MLP outputs differ in size a hundredfold, and the norm behind them makes all of one size: a regression
+    of sizes has 0.19 of the logits' variance as its error, one of directions 0.13."""
+    model = load_model(other_teachers("gemma3").checkpoint.path, dtype=torch.float32, device=CPU)
+    for name, weight in model.named_parameters():
+        if "gate_proj" in name:
+            weight.data *= 30
+    model.save_pretrained(tmp_path / "teacher")
+    one, cut = teacher_class(tmp_path / "teacher"), {"hidden": 72, "hidden_method": "refit"}
+    scores = one.scores(tmp_path / "scores", **cut)
+    folder = _write(one, _plan(one, scores, **cut), scores, tmp_path / "student", **cut)
+    want = _logits(one.checkpoint.path, one.ids)
+    assert (_logits(folder, one.ids) - want).square().mean() < 0.15 * want.var()
+
+
 def test_the_start_is_the_teacher_where_nothing_is_cut(other_teachers, tmp_path):
     """An untied model with plain norms, its stream turned by a whole rotation: the same function, in fp64."""
     one = other_teachers("biased")
