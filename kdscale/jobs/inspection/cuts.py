@@ -91,7 +91,7 @@ def _row(
 
 def _shrunk(family: Family, dims: Dims, axis: str, share: float) -> Dims | None:
     """The largest shape that the family allows with this share of an axis or less; others change where they must."""
-    alone = (dims.replace(**{axis: size}) for size in _sizes(axis, getattr(dims, axis), share))
+    alone = (dims.resized(**{axis: size}) for size in _sizes(axis, getattr(dims, axis), share))
     found = next((shape for shape in alone if not family.violations(shape)), None)
     if found is None and axis in _TOGETHER:
         smaller = (shape for shape in _with_heads(dims, axis, share) if getattr(shape, axis) < getattr(dims, axis))
@@ -121,8 +121,10 @@ def _with_heads(dims: Dims, axis: str, share: float) -> Iterator[Dims]:
 
 def _why_not(family: Family, dims: Dims, axis: str) -> str:
     size = getattr(dims, axis)
-    if axis == "experts" and size == 0:
-        return "a dense model has none"
+    if size == 0:
+        return "a dense model has none" if axis == "experts" else "no layer has a recurrent mixer"
+    if axis in family.data.uncut:
+        return family.data.uncut[axis]
     if size < 2:
         return f"there is only {size}"
-    return "; ".join(family.violations(dims.replace(**{axis: max(1, size // 2)}))) or "no smaller size is allowed"
+    return "; ".join(family.violations(dims.resized(**{axis: max(1, size // 2)}))) or "no smaller size is allowed"

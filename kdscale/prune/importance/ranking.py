@@ -140,7 +140,10 @@ class Ranking:
 
         Raises ConfigError where that would break a contiguous block.
         """
-        kept, every = self._best_layers(count), range(self.dims.layers)
+        every = range(self.dims.layers)
+        if count == len(every):
+            return list(every)
+        kept = self._best_layers(count)
         attending = [layer for layer in every if self.has(layer, "kv_heads")]
         if attending and not set(kept) & set(attending):
             kept = self._with_one_of(attending, kept, "one with attention")

@@ -58,13 +58,13 @@ class CostModel:
         config: Mapping[str, Any],
         family: Family,
         itemsize: Callable[[str], int] | None = None,
-        kept_layers: Callable[[int], Sequence[int]] | None = None,
+        kept_layers: Callable[[int], Sequence[int] | None] | None = None,
     ) -> CostModel:
         """Expand the family's table once for this config. Raises CheckpointError for a config that the family refuses.
 
         `itemsize` gives the bytes per value of each teacher tensor on disk, which the student's tensors keep; by
-        default those of the dtype that the config names. `kept_layers` gives the layers that a student of so many has;
-        without it a student has the teacher's mix of kinds.
+        default those of the dtype that the config names. `kept_layers` gives the layers that a student of so many has
+        (None where there is no such student); without it a student has the teacher's mix of kinds.
         """
         width = config_itemsize(config)
         dims = family.dims(dict(config))
@@ -96,8 +96,9 @@ class CostModel:
         layers_KL: NDArray[np.float64] = shares_K1 * np.arange(dims.layers + 1, dtype=np.float64)
         if kept_layers is not None:
             for count in range(1, dims.layers + 1):
-                kept = [kinds[layer] for layer in kept_layers(count)]
-                layers_KL[:, count] = [kept.count(each) for each in distinct]
+                if (layers := kept_layers(count)) is not None:
+                    kept = [kinds[layer] for layer in layers]
+                    layers_KL[:, count] = [kept.count(each) for each in distinct]
         attends = ["kv_heads" in family.layer_axes(config, kinds.index(each)) for each in distinct]
         cached = [family.data.cached_of(each) if has else None for each, has in zip(distinct, attends, strict=True)]
         return cls(tuple(terms), dims, layers_KL, tuple(cached), fixed, family.experts_per_token)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kdscale.config.prune import PruneConfig
+from kdscale.errors import ConfigError
 from kdscale.families import Family
 from kdscale.families.cuttable import may_end, sources_lacking
 from kdscale.families.dims import SHAPE_AXES
@@ -58,8 +59,17 @@ class Search:
     def costs(self) -> Costs:
         """What any shape costs."""
         several = len(self.family.layers_by_kind(self.config)) > 1
-        kept_layers = self.ranking.layers if several else None
+        kept_layers = self._kept_layers if several else None
         return Costs(CostModel.of(self.config, self.family, self._itemsize, kept_layers), self.cfg, self.speeds)
+
+    def _kept_layers(self, count: int) -> list[int] | None:
+        """Those of a student of so many; None where one block of layers must go and no student has those left."""
+        try:
+            return self.ranking.layers(count)
+        except ConfigError:
+            if count == self.cfg.layers:
+                raise
+            return None
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -93,6 +103,8 @@ class Search:
         if explicit and not self.space.unfit(given) and bool(budget.near(np.array([self.cost(budget.kind, given)]))[0]):
             return [self._candidate(given)], 1  # the sizes given meet the budget: nothing else needs to go
         shapes = self.space.all()
+        depths = [count for count in set(columns(shapes)["layers"].tolist()) if self._kept_layers(count) is not None]
+        shapes = shapes[np.isin(columns(shapes)["layers"], depths)]
         costs = self.costs.of(budget.kind, columns(shapes))
         near = np.flatnonzero(budget.near(costs))
         if not len(near):

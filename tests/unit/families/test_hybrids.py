@@ -86,6 +86,12 @@ def test_a_layer_with_attention_stays_however_little_it_counts() -> None:
     contiguous = PruneConfig(layers=1, layer_method="block_influence", contiguous_layers=True)
     with pytest.raises(ConfigError, match="leaves one with attention"):
         make_plan(_GRANITE, family, block, contiguous)
+    # that a student of so few layers is none is no reason to refuse one of more
+    angles = np.ones((4, 5))
+    angles[1, 2] = 0.1
+    for asked in (PruneConfig(layers=3), PruneConfig(target_params="85%", tolerance=0.15, axes=("layers",))):
+        cfg = asked.model_copy(update={"layer_method": "angular"})
+        assert make_plan(_GRANITE, family, {"layers.angular": angles}, cfg).kept.layers in ([0, 2, 3], [0, 1, 2, 3])
 
 
 def test_keys_and_values_are_those_of_layers_with_attention() -> None:

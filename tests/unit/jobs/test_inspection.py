@@ -50,7 +50,9 @@ def test_every_typical_cut_is_a_model_that_its_family_allows(model_type: str) ->
     assert max(sizes[1:]) < sizes[0] == family.count_params(config).total
     for cut in cuts:
         assert family.violations(dims.replace(**cut["sizes"])) == []
-    for axis, fact in axes_of(family, dims).items():
+    axes = axes_of(family, dims)
+    assert axes["ffn"]["cuttable"], axes["ffn"]
+    for axis, fact in axes.items():
         assert fact["cuttable"] or fact["why"], axis
 
 
