@@ -59,7 +59,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("model_type", sorted(decoder_types()))
+@pytest.mark.parametrize("model_type", [*sorted(decoder_types()), "gemma4_text, small"])
 def test_gradients_have_the_same_bits(model_type: str) -> None:
     config = tiny_config(model_type)
     want = gradients(make(config, RECOMPUTE["off"]))
