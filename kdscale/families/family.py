@@ -27,7 +27,7 @@ from kdscale.families.layer_fields import (
     underived_sizes,
     undivided_products,
 )
-from kdscale.families.layer_kinds import Kinds, layer_kinds, write_layer_kinds
+from kdscale.families.layer_kinds import Kinds, layer_kinds, unread_names, write_layer_kinds
 from kdscale.families.limits import LARGEST, MOST_EXPERTS, check_size
 from kdscale.families.schema import (
     Component,
@@ -183,9 +183,9 @@ class Family:
         """The sizes whether or not they fit together."""
         sizes: dict[str, int] = {}
         for name in sorted(self.data.dims, key=self._reading_order):
-            field = self.data.dims[name]
-            there = field.when is None or flag_of(self.data, config, field.when, self.where)
-            sizes[name] = self._size(field, config, sizes) if there else 0
+            field, flag = self.data.dims[name], self.data.dims[name].when
+            absent = flag is not None and not flag_of(self.data, config, flag, self.where)
+            sizes[name] = 0 if absent else self._size(field, config, sizes)
             check_size(f"{self.where}: {field.field or name}", sizes[name], LARGEST[name])
         return Dims(**sizes)
 
@@ -293,8 +293,8 @@ class Family:
         return {tie.tensor: tie.to for tie in self.data.ties if flag_of(self.data, config, tie.when, self.where)}
 
     def ignored(self) -> tuple[str, ...]:
-        """Globs of names that old checkpoints contain and no model reads (rotary buffers)."""
-        return self.data.ignored
+        """Globs of names that checkpoints contain and no model reads (rotary buffers)."""
+        return (*self.data.ignored, *unread_names(self.data, lambda: self.layer_kinds(self._config)))
 
     def dropped(self) -> dict[str, str]:
         """Glob of tensors that the student does without → what they are."""

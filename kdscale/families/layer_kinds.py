@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families.layer_fields import layer_list
-from kdscale.families.schema import FamilyData, LayerCondition, LayerKinds
+from kdscale.families.schema import LAYER, FamilyData, LayerCondition, LayerKinds
 
 Config = Mapping[str, Any]
 Kinds = frozenset[str]  # of one layer: one name for each entry of the family's `layer_kinds`
@@ -61,6 +61,18 @@ def lacking_sources(data: FamilyData, kinds: Sequence[Kinds]) -> list[Kinds]:
     (rule,) = (rule for rule in data.layer_kinds if sharing in rule.names)
     own = frozenset(rule.names) - {sharing}
     return list(dict.fromkeys(each - {sharing} | own for each in kinds if each - {sharing} | own not in kinds))
+
+
+def unread_names(data: FamilyData, kinds: Callable[[], Sequence[Kinds]]) -> tuple[str, ...]:
+    """Names of keys and values of layers that read those of others, which published files may have all the same.
+
+    `kinds`: those of each layer, asked for where any layer can do that.
+    """
+    if (kind := data.shared_keys_in) is None:
+        return ()
+    templates = dict.fromkeys(t.name for t in data.tensors if kind in t.not_in)  # some have other axes in other kinds
+    sharing = [layer for layer, each in enumerate(kinds()) if kind in each]
+    return tuple(name.replace(LAYER, str(layer)) for layer in sharing for name in templates)
 
 
 def _answers(rule: LayerKinds, data: FamilyData, config: Config, layers: int, where: str) -> list[str]:

@@ -280,7 +280,7 @@ class Checkpoint:
         notices += [f"{len(zeros)} biases that a quantiser added, all zero, are left out"] if zeros else []
         if self.quantised is not None:
             notices.append(self.quantised.notice)
-        return notices + ([f"{len(buffers)} buffers that no model reads are ignored"] if buffers else [])
+        return notices + ([f"{len(buffers)} tensors that no model reads are ignored"] if buffers else [])
 
     def _split_joined(self, expected: Mapping[str, ExpectedTensor], prefixes: Mapping[str, str]) -> None:
         """Enter ranges of a tensor that is a whole parameter of the model as the tensors that the family has for it.

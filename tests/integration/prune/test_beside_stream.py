@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from kdscale.families import load_family
 from kdscale.models.layer_stream import LayerStream
 from kdscale.models.loading import load_model
 from kdscale.prune import self_check
+from kdscale.weights import Checkpoint, read_config
 from tests.integration.prune.family_table import random_scores, save_teacher
 
 CPU = torch.device("cpu")
@@ -16,6 +19,11 @@ def test_a_layer_reads_keys_and_values_of_the_last_one_that_is_left(teacher_clas
     """Gemma 4 E2B: layer 3 read those of layer 2, and reads those of layer 0 where that is gone."""
     kinds = [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")]
     folder = save_teacher("gemma4_text, small", tmp_path / "teacher", num_hidden_layers=5, layer_types=kinds)
+    file, own = folder / "model.safetensors", "model.layers.{}.self_attn.k_proj.weight"
+    tensors = load_file(file)  # published files have such tensors, which no model reads
+    assert own.format(3) not in tensors
+    save_file(tensors | {own.format(3): tensors[own.format(0)].clone()}, file, {"format": "pt"})
+    assert len(Checkpoint.open(folder).verify_against(load_family(read_config(folder), "config.json"))) == 1
     teacher = teacher_class(folder)
     scores = random_scores(teacher.config, teacher.family)
     scores["layers.one_by_one"][:] = [3.0, 4.0, 1.0, 2.0, 5.0]

@@ -235,7 +235,7 @@ def test_config_that_disagrees_with_the_weights_is_listed(model_dir: Callable[..
 def test_old_rotary_buffers_are_ignored(model_dir: Callable[..., Path]) -> None:
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(2)}
     checkpoint, notices = _verified(model_dir(extra=extra))
-    assert notices == ["2 buffers that no model reads are ignored"]
+    assert notices == ["2 tensors that no model reads are ignored"]
     assert not set(extra) & set(checkpoint.names)
 
 
