@@ -42,7 +42,9 @@ types:
 imports:
 	$(BIN)/lint-imports
 
+# Tests start hundreds of processes: where Python writes no bytecode, each would compile kdscale again.
 pytest:
+	@$(BIN)/python -m compileall -q kdscale kernels launch
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 		--durations 40 -m "$(MARKED)"
 

@@ -11,7 +11,7 @@ net), ssm_head_dim, ssm_groups (of B and C in Mamba 2, key heads of a delta net;
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kdscale.config.criteria import FOLLOWED
@@ -41,6 +41,10 @@ class Dims:
     ssm_groups: int = 0
     ssm_state: int = 0
 
+    def sizes(self) -> dict[str, int]:
+        """Every size by its name, in a dict of the caller's."""
+        return dict(vars(self))  # not asdict, which looks into every value: rules ask thousands of times
+
     def replace(self, **sizes: int) -> Dims:
         """The same with other `sizes`."""
         return replace(self, **sizes)
@@ -63,7 +67,7 @@ class Dims:
 
     def axis_size(self, axis: str) -> int:
         """The size of a tensor dimension from its axis: `ffn`, a product `heads*head_dim`, a sum `ffn | ffn`."""
-        return axis_size(axis, asdict(self))
+        return axis_size(axis, vars(self))
 
 
 def _same_share(size: int, whole: int, part: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Self
 
@@ -258,7 +257,7 @@ class Family:
 
     def _sizes(self, config: Config) -> dict[str, int]:
         """What axes may name: the dimensions and the family's other sizes."""
-        return asdict(self.dims(config)) | {name: self.fixed_size(name, config) for name in self.data.sizes}
+        return self.dims(config).sizes() | {name: self.fixed_size(name, config) for name in self.data.sizes}
 
     def fixed_size(self, name: str, config: Config) -> int:
         """One of the family file's `sizes`, e.g. `positions`. Raises CheckpointError when it is no positive integer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from kdscale.errors import ConfigError
 from kdscale.families.dims import Dims
@@ -39,6 +39,6 @@ class KeptHeads:
             f"{axis} ({size}) is not the teacher's {getattr(before, axis)}: the {drop.what} is kept (prune.keep_mtp), "
             f"and is of the teacher's sizes; only {', '.join(drop.kept_with)} can be cut beside it"
             for drop in self.drops
-            for axis, size in asdict(dims).items()
+            for axis, size in dims.sizes().items()
             if axis not in drop.kept_with and size != getattr(before, axis)
         ]

@@ -4,7 +4,6 @@ student's say."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from kdscale.errors import CheckpointError, ConfigError
@@ -46,7 +45,7 @@ def products_that_differ(data: FamilyData, config: Config, dims: Dims) -> list[s
 
 def broken_constraints(rules: Sequence[Constraint], dims: Dims, fixed: Mapping[str, int]) -> list[str]:
     """One sentence for each of these rules that sizes break; `fixed` are those that never change."""
-    sizes, out = asdict(dims) | dict(fixed), list[str]()
+    sizes, out = dims.sizes() | dict(fixed), list[str]()
     for rule in rules:
         if rule.by is not None and sizes[rule.dim] % (sizes[rule.by] or 1):
             out.append(f"{rule.dim} ({sizes[rule.dim]}) is not a multiple of {rule.by} ({sizes[rule.by]}): {rule.why}")
@@ -58,7 +57,7 @@ def broken_constraints(rules: Sequence[Constraint], dims: Dims, fixed: Mapping[s
 
 def underived_sizes(data: FamilyData, dims: Dims, fixed: Mapping[str, int]) -> list[str]:
     """One sentence for each size without a config field that is not what the others make it."""
-    sizes = asdict(dims) | dict(fixed)
+    sizes = dims.sizes() | dict(fixed)
     derived = {name: field.always for name, field in data.dims.items() if field.always is not None}
     return [
         f"{name} ({sizes[name]}) is not {rule} ({evaluate(rule, sizes)}): the family's config has no field for it"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +41,7 @@ class Slicer:
         self.family, self.plan = family, plan
         self.teacher_config = config
         self.student_config = family.student_config(config, plan.student.dims(), plan.kept.layers)
-        self._sizes = asdict(plan.teacher.dims()) | family.fixed_sizes
+        self._sizes = plan.teacher.dims().sizes() | family.fixed_sizes
         # A model that multiplies embeddings by √hidden takes the smaller √ of the student: its file makes up for it.
         scaled = family.data.embed_multiplier == "sqrt_hidden"
         self.embed_factor = math.sqrt(plan.teacher.hidden / plan.student.hidden) if scaled else 1.0

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -161,7 +160,7 @@ class UnitMask:
             return self._indicator(
                 self._plan.kept.units(str(factor), position), getattr(self._plan.teacher, str(factor))
             )
-        sizes = asdict(self._plan.teacher.dims()) | self._family.fixed_sizes
+        sizes = self._plan.teacher.dims().sizes() | self._family.fixed_sizes
         return torch.ones(factor if isinstance(factor, int) else sizes[factor], device=self._device)
 
     def _indicator(self, kept: list[int], size: int) -> Tensor:

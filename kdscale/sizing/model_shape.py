@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from kdscale.families import Family, load_family
@@ -60,7 +60,7 @@ class ModelShape:
             roles |= {spec.role for spec in specs}
             axes |= family.layer_axes(config, layer)
             if (attention := layer_writers(family, config, layer).get("o")) is not None:
-                widths.append(axis_size(attention.axis, asdict(dims) | family.fixed_sizes) // dims.heads)
+                widths.append(axis_size(attention.axis, dims.sizes() | family.fixed_sizes) // dims.heads)
         windows = attention_windows(family, config)
         attends = ["kv_heads" in family.layer_axes(config, layer) for layer in range(dims.layers)]
         matrices = [

@@ -6,6 +6,7 @@ command prints. It answers with a line that has the exit code, and ends when its
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -48,6 +49,7 @@ def code_of(job: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # or each fork looks through all that was imported, and so copies its pages
     for line in sys.stdin:
         child = os.fork()
         if not child:

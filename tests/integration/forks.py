@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -28,6 +29,7 @@ def import_engine() -> None:
     """Import what a distillation does, once for all forks."""
     for name in _BY_AN_ENGINE:
         importlib.import_module(name)
+    gc.freeze()  # or each fork looks through all of it, and so copies its pages
 
 
 def fork_ranks(world: int, work: Callable[[int], int | None], expected: int = 0) -> list[int]:

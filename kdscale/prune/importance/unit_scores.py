@@ -10,8 +10,6 @@ H head_dim · G = P·H inputs of a kv group · M ssm heads
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -169,7 +167,7 @@ def _b_and_c(layer: LayerContext, projected_BSU: Tensor) -> Tensor:
 
 def _state_rows(layer: LayerContext, axis: str) -> slice:
     """Where B and C are along an axis, which has the two blocks next to each other."""
-    blocks, sizes = axis_blocks(axis), asdict(layer.dims)
+    blocks, sizes = axis_blocks(axis), layer.dims.sizes()
     first = next(number for number, block in enumerate(blocks) if "ssm_state" in block)
     begin = sum(block_size(block, sizes) for block in blocks[:first])
     return slice(begin, begin + sum(block_size(block, sizes) for block in blocks[first : first + 2]))
