@@ -1,7 +1,8 @@
 """The command line in forks of one process that has imported everything: no torch import for each command.
 
-It reads a line of JSON for each command: {"arguments", "folder", "out", "err"}, the last two the files for what the
-command prints. It answers with a line that has the exit code, and ends when its input does.
+It reads a line of JSON for each command: {"arguments", "folder", "out", "err", "may_be_heavy"}; `out` and `err` are the
+files for what the command prints. It answers with a line that has the exit code, and ends when its input does. With
+`light` it has imported the command line alone.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import sys
 import traceback
 from typing import Any
 
-import torch
-import transformers.models.llama.modeling_llama  # noqa: F401 - imported once, before the forks
-
-import kdscale.models.loading  # noqa: F401
 from kdscale.cli.main import main
 
 MOST_SECONDS = 280
+HEAVY = frozenset({"torch", "transformers", "deepspeed", "matplotlib"})
+LIGHT = sys.argv[1:] == ["light"]
+if not LIGHT:
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401 - imported once, before the forks
+
+    import kdscale.models.loading  # noqa: F401
 
 
 def run(job: dict[str, Any]) -> None:
@@ -31,7 +35,8 @@ def run(job: dict[str, Any]) -> None:
         os.dup2(stream, number)
     os.chdir(job["folder"])
     sys.argv = ["kdscale", *job["arguments"]]
-    torch.set_num_threads(1)  # makes torch's thread pool anew in the fork
+    if not LIGHT:
+        torch.set_num_threads(1)  # makes torch's thread pool anew in the fork
     main()
 
 
@@ -43,6 +48,9 @@ def code_of(job: dict[str, Any]) -> int:
         code = int(leaving.code or 0)
     except BaseException:  # noqa: BLE001 - a fork must not go on as its parent
         traceback.print_exc()
+    if not job["may_be_heavy"] and (heavy := HEAVY & sys.modules.keys()):
+        print(f"loaded: {', '.join(heavy)}", file=sys.stderr)
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     return code

@@ -1,34 +1,21 @@
-"""The command line as a user has it: another process, its output and its exit code."""
+"""Commands of the tiny model's run, as a user gives them, and deaths of what they start."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
+from tests.command_line import Commands, Outcome, environment
 
 
 @pytest.fixture(scope="session")
 def kdscale_environment() -> dict[str, str]:
     """The environment in which `python -m kdscale.cli.main` runs from this checkout, on one thread."""
-    sources = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
-    return {**os.environ, "PYTHONPATH": sources, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    return environment()
 
 
 @pytest.fixture
@@ -53,36 +40,11 @@ def dies_at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractConte
 
 
 @pytest.fixture(scope="session")
-def kdscale(
-    kdscale_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Outcome]]:
+def kdscale(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Outcome]]:
     """`kdscale("run", config)` → exit code and what was printed, by a process that command_server.py forks."""
-    folder = tmp_path_factory.mktemp("printed")
-    server: subprocess.Popen[str] | None = None
-
-    def call(*arguments: object, cwd: Path = ROOT) -> Outcome:
-        nonlocal server
-        if server is None:
-            command = [sys.executable, "-m", "tests.integration.command_server"]
-            server = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kdscale_environment, cwd=ROOT
-            )
-        printed = {name: folder / name for name in ("out", "err")}
-        for path in printed.values():
-            path.write_text("")
-        job = {
-            "arguments": list(map(str, arguments)),
-            "folder": str(cwd),
-            **{key: str(path) for key, path in printed.items()},
-        }
-        assert server.stdin and server.stdout
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        return Outcome(int(server.stdout.readline()), *(path.read_text("utf-8") for path in printed.values()))
-
-    yield call
-    if server is not None:
-        server.communicate()  # ends its input
+    commands = Commands(tmp_path_factory.mktemp("printed"))
+    yield commands.call
+    commands.close()
 
 
 TINY_CONFIG = """

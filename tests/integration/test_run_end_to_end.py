@@ -108,35 +108,25 @@ def _killed_at(command: list[str], environment: dict[str, str], run: Path, mark:
 
 
 @pytest.mark.slow
-def test_killed_runs_end_with_the_same_student(
+def test_stopped_and_killed_runs_end_with_the_same_student(
     kdscale: Cli, kdscale_environment: dict[str, str], tiny_config: Path
 ) -> None:
     unbroken, broken = tiny_config.parent / "unbroken", tiny_config.parent / "broken"
     assert kdscale("distill", tiny_config, "--set", f"run_dir={unbroken}").code == 0
     command = [sys.executable, "-m", "kdscale.cli.main", "distill", str(tiny_config), "--set", f"run_dir={broken}"]
-    assert _killed_at(command, kdscale_environment, broken, 11)  # after a few steps
-    outcome = kdscale("distill", tiny_config, "--set", f"run_dir={broken}")
-    assert outcome.code == 0, outcome.err
-    assert digests(broken / "student") == digests(unbroken / "student")
-    rows = [row["step"] for row in read_metrics(broken / "logs" / "metrics.jsonl") if row["kind"] == "train"]
-    assert rows == list(range(1, len(rows) + 1))  # no step lost, none twice
-
-
-def test_sigterm_saves_and_the_next_run_goes_on(
-    kdscale: Cli, kdscale_environment: dict[str, str], tiny_config: Path
-) -> None:
-    run = tiny_config.parent / "run"
-    assert kdscale("prune", tiny_config).code == 0
     process = subprocess.Popen(
-        [sys.executable, "-m", "kdscale.cli.main", "distill", str(tiny_config)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env=kdscale_environment,
-    )  # fmt: skip
-    while process.poll() is None and not any(read_metrics(run / "logs" / "metrics.jsonl")):
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=kdscale_environment
+    )
+    while process.poll() is None and not any(read_metrics(broken / "logs" / "metrics.jsonl")):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     assert "run the same command again" in err
-    assert json.loads((run / "status.json").read_text())["stages"]["distill"]["state"] == "interrupted"
-    assert kdscale("distill", tiny_config).code == 0
+    assert json.loads((broken / "status.json").read_text())["stages"]["distill"]["state"] == "interrupted"
+    assert _killed_at(command, kdscale_environment, broken, 3)  # after a few steps of those that were left
+    outcome = kdscale("distill", tiny_config, "--set", f"run_dir={broken}")
+    assert outcome.code == 0, outcome.err
+    assert digests(broken / "student") == digests(unbroken / "student")
+    rows = [row["step"] for row in read_metrics(broken / "logs" / "metrics.jsonl") if row["kind"] == "train"]
+    assert rows == list(range(1, len(rows) + 1))  # no step lost, none twice
