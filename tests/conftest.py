@@ -19,6 +19,8 @@ from tests.hostile.nasty import COUNTS, counts_in_words
 # The same cases in every run: what passes on one machine passes on the next.
 settings.register_profile("kdscale", deadline=None, derandomize=True, database=None)
 settings.load_profile("kdscale")
+# Tests run side by side, a worker for each core: threads of a worker would wait for each other, and spin while they do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Triton reads this when it is first imported, which transformers does on its own. With a GPU its kernels are compiled.

@@ -84,6 +84,7 @@ def test_the_installed_wheel_runs_outside_the_repository(wheel: Path, tmp_path: 
     assert (
         "get-teacher" in demo.stderr
     )  # the shipped config was found; its teacher is not here, and that is what it says
-    done = call("run", str(tiny_config))
+    short = ("--set", "distill.tokens=768", "--set", "eval.efficiency=false")
+    done = call("run", str(tiny_config), *short)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "report" / "report.html").exists()

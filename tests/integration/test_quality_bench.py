@@ -99,6 +99,7 @@ def bench(
     return call
 
 
+@pytest.mark.long
 def test_cells_before_and_after_a_distillation(
     bench: Callable[..., list[str]], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
