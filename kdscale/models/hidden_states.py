@@ -75,6 +75,11 @@ class BesideStream:
         return cls(dims.hidden, dims.layers, width, keys)
 
     @property
+    def reads_more(self) -> bool:
+        """Whether any layer reads more than the stream."""
+        return self.size > self.hidden
+
+    @property
     def size(self) -> int:
         """E."""
         return self.hidden + self.layers * self.width + sum(2 * heads * dim for heads, dim in self.keys.values())

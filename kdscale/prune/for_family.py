@@ -3,6 +3,9 @@ for families with axes that cannot be cut or layers that scale all that they put
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Family
@@ -13,8 +16,8 @@ _OF_NEXT_TOKENS = ("one_by_one", "loss")
 _TIMED = ("target_decode", "target_prefill")
 
 
-def settled(cfg: PruneConfig, family: Family) -> PruneConfig:
-    """The settings with what `auto` stands for in this family; those of most decoders as they are.
+def settled(cfg: PruneConfig, family: Family, config: Mapping[str, Any]) -> PruneConfig:
+    """The settings with what `auto` stands for in a model of this family; those of most decoders as they are.
 
     Gaps are not repaired where a layer scales its input too: no projection can give what a dropped one gave.
 
@@ -23,7 +26,7 @@ def settled(cfg: PruneConfig, family: Family) -> PruneConfig:
     that asks for something else.
     """
     if not family.is_encoder:
-        return _settled_decoder(cfg, family)
+        return _settled_decoder(cfg, family, config)
     if cfg.layer_method in _OF_NEXT_TOKENS:
         raise ConfigError(
             f"prune.layer_method: {cfg.layer_method}", expected="spread, block_influence, angular or last",
@@ -45,17 +48,13 @@ def settled(cfg: PruneConfig, family: Family) -> PruneConfig:
     return cfg.model_copy(update=changes)
 
 
-def _settled_decoder(cfg: PruneConfig, family: Family) -> PruneConfig:
+def _settled_decoder(cfg: PruneConfig, family: Family, config: Mapping[str, Any]) -> PruneConfig:
     if fixed := [axis for axis in cfg.axes if axis in family.data.uncut]:
         raise ConfigError(
             "prune.axes", expected=f"axes that can be cut in {family.name}", got=fixed[0],
             hint=f"leave {fixed[0]} out: {family.data.uncut[fixed[0]]}",
         )  # fmt: skip
-    if family.data.layer_inputs is not None and cfg.target is not None and cfg.target[0] in _TIMED:
-        raise ConfigError(
-            f"prune.{cfg.target[0]}", expected="a target that is counted, such as target_params",
-            got=f"{family.name}, whose layers are not timed without those before them",
-        )  # fmt: skip
+    _check_can_be_timed(cfg, family, config)
     if not any(template.role == "layer_scale" for template in family.data.tensors):
         return cfg
     if cfg.layer_repair == "linear":
@@ -64,3 +63,15 @@ def _settled_decoder(cfg: PruneConfig, family: Family) -> PruneConfig:
             got=f"those of {family.name}, which scale it too", hint="leave layer_repair out",
         )  # fmt: skip
     return cfg.model_copy(update={"layer_repair": "none"})
+
+
+def _check_can_be_timed(cfg: PruneConfig, family: Family, config: Mapping[str, Any]) -> None:
+    if cfg.target is None or cfg.target[0] not in _TIMED:
+        return
+    from kdscale.models.hidden_states import BesideStream  # imports torch, which timing needs and counting does not
+
+    if BesideStream.of(family, config).reads_more:
+        raise ConfigError(
+            f"prune.{cfg.target[0]}", expected="a target that is counted, such as target_params",
+            got=f"{family.name}, whose layers are not timed without those before them",
+        )  # fmt: skip

@@ -18,7 +18,7 @@ def axes_to_score(context: StageContext) -> Facts:
     from kdscale.prune.importance.ranking import criteria_to_measure, most_dropped
 
     teacher, family = open_teacher(context.model_to_prune)
-    cfg = settled(context.config.prune, family)
+    cfg = settled(context.config.prune, family, teacher.config)
     dims = family.dims(teacher.config)
     axes = openable_axes(cfg, dims)
     asked = [row for row in criteria_to_measure(cfg, axes) if row.on_request]

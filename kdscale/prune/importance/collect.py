@@ -62,7 +62,7 @@ def score_teacher(
     Raises DataError without tokens, CheckpointError when a weight is not finite, and SelfCheckError when only a score
     is not.
     """
-    dims, prune_cfg = family.dims(teacher.config), settled(prune_cfg, family)
+    dims, prune_cfg = family.dims(teacher.config), settled(prune_cfg, family, teacher.config)
     axes = openable_axes(prune_cfg, dims)
     dtype = resolve_dtype(cfg.dtype, device)
     tokens = _count(batches)

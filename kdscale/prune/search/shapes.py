@@ -46,7 +46,7 @@ class Search:
         itemsize: Callable[[str], int] | None = None,
         speeds: Speeds | None = None,
     ):
-        self.config, self.family, self.scores, self.cfg = dict(config), family, scores, settled(cfg, family)
+        self.config, self.family, self.scores, self.cfg = dict(config), family, scores, settled(cfg, family, config)
         self.speeds, self._itemsize = speeds, itemsize
         self.teacher = family.dims(self.config)
         self.space = ShapeSpace(self.teacher, family, self.cfg)

@@ -14,6 +14,7 @@ from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import load_family
 from kdscale.families.cuttable import ending_well, may_end
+from kdscale.prune.for_family import settled
 from kdscale.prune.search.planning import make_plan
 from tests.unit.families.small_configs import small_config, transformers_config
 
@@ -195,3 +196,5 @@ def test_layers_that_read_keys_and_values_of_others_keep_some_to_read() -> None:
     timed = PruneConfig(target_decode="80%", axes=("ffn",))
     with pytest.raises(ConfigError, match="not timed without those before them"):
         make_plan(config, family, scores, timed)
+    plain = small_config("gemma4_text")
+    assert settled(timed, load_family(plain, "config.json"), plain).target == timed.target
