@@ -21,6 +21,8 @@ settings.register_profile("kdscale", deadline=None, derandomize=True, database=N
 settings.load_profile("kdscale")
 # Tests run side by side, a worker for each core: threads of a worker would wait for each other, and spin while they do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As the command line does for itself (cli/main.py), too late for those that import torch before it: forks of a server.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Triton reads this when it is first imported, which transformers does on its own. With a GPU its kernels are compiled.
