@@ -91,13 +91,19 @@ def test_config_that_transformers_reads(hostile: HostileCases, folder: Path) -> 
         hostile.run(name, use, must="refuse" if _is_not_finite(value) else "")
 
 
-def test_generation_config(hostile: HostileCases, folder: Path) -> None:
+@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.long) for turn in (1, 2))])
+def test_generation_config(hostile: HostileCases, folder: Path, turn: int) -> None:
+    """A third of the edits of each field, others in the next one, and all of those that are refused; the rest is
+    `long`."""
     from transformers import GenerationConfig
 
-    path = folder / "generation_config.json"
-    for name, value, edited in edits({**GenerationConfig().to_dict(), "watermarking_config": None, "other": 1}):
-        path.write_text(json.dumps(edited))
+    path, tree = folder / "generation_config.json", {**GenerationConfig().to_dict(), "watermarking_config": None}
+    of_field = {name: place for place, name in enumerate([*tree, "other"])}
+    for place, (name, value, edited) in enumerate(edits({**tree, "other": 1})):
         field = name.split(" = ")[0]
+        if (place + of_field[field]) % 3 != turn and field not in ("eos_token_id", "pad_token_id"):
+            continue
+        path.write_text(json.dumps(edited))
         wrong = field in ("eos_token_id", "pad_token_id") and isinstance(value, str | dict | float)
         hostile.run(name, lambda: check_loadable(folder), must="refuse" if wrong else "")
     for content in CONTENTS:

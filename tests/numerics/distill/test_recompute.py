@@ -62,11 +62,13 @@ def gradients(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("model_type", [*sorted(decoder_types()), "gemma4_text, small"])
 def test_gradients_have_the_same_bits(model_type: str) -> None:
     model = make(tiny_config(model_type), RECOMPUTE["off"])
+    torch.manual_seed(3)  # what is dropped is the same for all levels
     want = gradients(model)
     assert want
     for level in LEVELS:
         model.zero_grad()
         recompute_in_backward(model, level)
+        torch.manual_seed(3)
         got = gradients(model)
         assert [name for name in want if not torch.equal(want[name], got[name])] == []
 
