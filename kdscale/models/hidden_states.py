@@ -7,7 +7,7 @@ B batch · S sequence · D hidden · E what a state holds of a token, the stream
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ class BesideStream:
         if data.shared_keys_in is not None and any(data.shared_keys_in in each for each in kinds):
             (field_name,) = (rule.field for rule in data.layer_kinds if rule.field is not None)
             entry = next(entry for entry in data.layer_lists if entry.field == field_name)
-            sizes = asdict(dims) | family.fixed_sizes
+            sizes = dims.sizes() | family.fixed_sizes
             for name, each in zip(family.layer_list(entry, config, dims.layers) or (), kinds, strict=True):
                 if (cached := data.cached_of(each)) is not None:
                     ((_, heads, dim),) = axis_blocks(cached)
@@ -97,7 +97,7 @@ class BesideStream:
 
     def with_stream(self, state: Tensor, hidden_BSD: Tensor) -> Tensor:
         """The state with another stream."""
-        return hidden_BSD if self.size == self.hidden else torch.cat([hidden_BSD, state[..., self.hidden :]], dim=-1)
+        return torch.cat([hidden_BSD, state[..., self.hidden :]], dim=-1) if self.reads_more else hidden_BSD
 
     def input_of(self, state: Tensor, layer: int) -> Tensor | None:
         """What layer `layer` has of its own; None where layers have nothing."""

@@ -100,7 +100,7 @@ class DecoderLayer:
             ).last_hidden_state  # fmt: skip
         finally:
             handle.remove()
-        return after_BSD if beside.size == beside.hidden else beside.leaving(state_BSE, after_BSD, keys)
+        return beside.leaving(state_BSE, after_BSD, keys) if beside.reads_more else after_BSD
 
     def look(self, state_BSE: Tensor, position_ids_BS: Tensor) -> None:
         """Run the layer for the sake of its hooks, until one of them raises EnoughSeenError."""
@@ -156,7 +156,7 @@ class LayerStream:
                 input_ids=input_ids_BS, position_ids=position_ids_BS + first, attention_mask=None,
                 **without_cache(encoder),
             ).last_hidden_state  # fmt: skip
-            return self.beside.entering(hidden_BSD, inputs) if self.beside.size > self.beside.hidden else hidden_BSD
+            return self.beside.entering(hidden_BSD, inputs) if self.beside.reads_more else hidden_BSD
 
         return enter
 
