@@ -130,6 +130,11 @@ class Slicer:
         """The projections of the student's layer `position` that write to the residual stream, by role."""
         return layer_writers(self.family, self.student_config, position)
 
+    def indices(self, axis: str, position: int | None, device: torch.device) -> Tensor:
+        """The teacher's indices that stay along `axis` in the student's layer `position`; all where it is uncut."""
+        kept = self.kept(axis, position)
+        return torch.tensor(range(self.size(axis)) if kept is None else kept, device=device)
+
     def kept(self, axis: str, position: int | None, expert: int | None = None) -> list[int] | None:
         """Indices that stay along `axis` (as the family names tensor dimensions); None: all of them.
 

@@ -73,9 +73,7 @@ def new_weight(tensor: SlicedTensor, weights: Mapping[str, Tensor], slicer: Slic
 
 def written_rows(slicer: Slicer, position: int, device: torch.device) -> Tensor:
     """Of what the experts of the student's layer `position` put out in the teacher: the rows that stay."""
-    writes = slicer.writers(position)["down"].writes
-    kept = slicer.kept(writes, position)
-    return torch.tensor(range(slicer.size(writes)) if kept is None else kept, device=device)
+    return slicer.indices(slicer.writers(position)["down"].writes, position, device)
 
 
 class ExpertInputs:

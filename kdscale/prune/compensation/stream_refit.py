@@ -290,8 +290,8 @@ class _Sublayer:
         gain_H, bias = self._gain(), getattr(module, "bias", None)
         offset = 0.0 if bias is None else bias.float()
         weight_HU = self._cut_writer(teacher_module.weight, gain_H)
-        kept = self._start.slicer.kept(self._origins[self._writer].spec.axes[-1], self._position)
-        inputs_K = torch.tensor(kept if kept is not None else range(weight_HU.shape[1]), device=weight_HU.device)
+        slicer, axis = self._start.slicer, self._origins[self._writer].spec.axes[-1]
+        inputs_K = slicer.indices(axis, self._position, weight_HU.device)
         start_HK = weight_HU[:, inputs_K]
         sums, sample = TargetSums(start_HK), InputSample(len(pairs))
         for index, positions_BS in pairs:
@@ -302,12 +302,12 @@ class _Sublayer:
             read, own = self._teacher.read(self._writer), self._student.read(self._writer)
             sample.add(read)
             weight = token_weights(positions_BS, read.device)
-            seen = read[..., inputs_K] / self._divisor(read, weight_HU)
-            sums.add(seen * weight, (added / gain_H - offset) * weight)
-            sums.add(own / self._divisor(own, start_HK) * weight, (target / gain_H - offset) * weight)
+            of_read, of_own = weight / self._divisor(read, weight_HU), weight / self._divisor(own, start_HK)
+            sums.add(read[..., inputs_K] * of_read, (added / gain_H - offset) * weight)
+            sums.add(own * of_own, (target / gain_H - offset) * weight)
         sums.reduce()
         solved_HK = sums.solve(cfg.ridge_lambda, f"{self._writer} of {where}")
-        if recovered is not None and kept is not None:
+        if recovered is not None and slicer.cuts(axis):
             recovered.add(layer, self._writer, sample, weight_HU, inputs_K, solved_HK)
         module.weight.data = solved_HK.to(module.weight)
         return solved_HK

@@ -256,8 +256,8 @@ class _BothLayers:
         path = self._writers[role].path
         family, module = self._slicer.family, self._student.site(path)
         weight_DK, bias_D = family.output_by_input(role, module.weight), getattr(module, "bias", None)
-        kept = self._slicer.kept(self._writers[role].axis, self.position)
-        inputs_K = torch.tensor(kept or range(weight_DK.shape[1]), device=weight_DK.device)
+        axis = self._writers[role].axis
+        inputs_K = self._slicer.indices(axis, self.position, weight_DK.device)
         sums, sample = TargetSums(weight_DK), InputSample(len(task.batches))
         offset = 0.0 if bias_D is None else bias_D.float()
         for target in self._targets(role, task):
@@ -266,7 +266,7 @@ class _BothLayers:
             sums.add(self._seen[_STUDENT, role][0], target - offset)
         sums.reduce()
         solved_DK = sums.solve(task.cfg.ridge_lambda, f"{path} of the student's layer {self.position}")
-        if task.recovered is not None and kept is not None:
+        if task.recovered is not None and self._slicer.cuts(axis):
             teacher_module = self._teacher.site(path)
             weight_DU = family.output_by_input(role, teacher_module.weight)[self._kept_D]
             task.recovered.add(self.index, role, sample, weight_DU, inputs_K, solved_DK)
