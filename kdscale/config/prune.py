@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -26,8 +26,9 @@ Compensation = Literal["none", "ridge", "two_stream"]
 PlannedRepair = Literal["none", "linear"]
 LayerRepair = Literal["auto", PlannedRepair]
 PrunedAxis = Literal[
-    "ffn", "heads", "kv_heads", "hidden", "layers", "experts", "ssm_heads", "ssm_head_dim", "ssm_state"
+    "hidden", "ffn", "heads", "kv_heads", "layers", "experts", "ssm_heads", "ssm_head_dim", "ssm_state"
 ]  # fmt: skip
+PRUNED_AXES: tuple[PrunedAxis, ...] = get_args(PrunedAxis)  # each is a field of PruneConfig: the size to keep
 
 
 class SearchConfig(Section):
@@ -162,21 +163,25 @@ class PruneConfig(Section):
     @property
     def cuts(self) -> bool:
         """Whether it says what to cut; a run without a ready student has to."""
-        sizes = (self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)
-        return self.target is not None or any((*sizes, self.ssm_heads, self.ssm_head_dim, self.ssm_state))
+        return self.target is not None or any(getattr(self, axis) for axis in PRUNED_AXES)
 
     def check_says_what_to_cut(self) -> None:
         """Raises ValueError where it does not."""
         if not self.cuts:
             raise ValueError(
-                "prune: give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, "
-                "experts, ssm_heads, ssm_head_dim, ssm_state; or a ready student (student.path)"
+                f"prune: give target_params or another target, or at least one of {', '.join(PRUNED_AXES)}; or a ready "
+                "student (student.path)"
             )
 
     @property
     def target(self) -> tuple[str, str] | None:
         """The target that was given, as (field, text)."""
         return next(((name, getattr(self, name)) for name in BUDGET_FIELDS if getattr(self, name) is not None), None)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the target is a latency, which has to be measured."""
+        return self.target_decode is not None or self.target_prefill is not None
 
     def criterion(self, axis: str) -> Criterion:
         """The criterion that ranks `axis`.

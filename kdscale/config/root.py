@@ -19,7 +19,7 @@ from kdscale.config.distill.teachers import TEACHER_SETTINGS
 from kdscale.config.evaluation.bias import BiasConfig
 from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.config.fields import Count, Device, Name, Seconds, Section, explain_errors
-from kdscale.config.prune import ImportanceConfig, PruneConfig
+from kdscale.config.prune import PRUNED_AXES, ImportanceConfig, PruneConfig
 from kdscale.config.quantize import Int4Config, QuantizeConfig
 from kdscale.config.responses.settings import ResponsesConfig
 from kdscale.config.target_store import TargetsConfig
@@ -290,18 +290,7 @@ class Config(Section):
 
 
 # Fields that set a step's size: a step says its own, and does not take the config's.
-_NOT_INHERITED = {
-    *BUDGET_FIELDS,
-    "hidden",
-    "ffn",
-    "heads",
-    "kv_heads",
-    "layers",
-    "experts",
-    "ssm_heads",
-    "ssm_head_dim",
-    "ssm_state",
-}
+_NOT_INHERITED = {*BUDGET_FIELDS, *PRUNED_AXES}
 
 
 # What a training without a teacher has of the settings on teachers: the defaults.

@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdscale.config.criteria import FOLLOWED
+from kdscale.config.prune import PRUNED_AXES
 from kdscale.families.schema import axis_size
 
 # What a shape is made of, and what never changes in a student.
-SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts", "ssm_heads", "ssm_head_dim", "ssm_state")
+SHAPE_AXES: tuple[str, ...] = PRUNED_AXES
+LAYERS_FIRST = ("layers", *(axis for axis in SHAPE_AXES if axis != "layers"))  # as people name a shape
 NEVER_CUT = ("head_dim", "vocab", "ssm_groups")
 
 

@@ -235,7 +235,7 @@ def lengths_used(config: Config, prompt_tokens: int, encoder: bool = False) -> d
         lengths["eval.prompts + eval.draft.new_tokens"] = prompt_tokens + most
     if evaluation.efficiency and not encoder:
         lengths["eval.speed.context_lengths + new_tokens"] = evaluation.speed.longest
-    if config.prune.target_decode or config.prune.target_prefill:
+    if config.prune.is_timed:
         lengths["prune.search.context_tokens + 1"] = search.context_tokens + 1
     return lengths
 
@@ -254,7 +254,7 @@ def plan_shapes(config: Config, teacher: Path) -> list[Plan]:
         return []
     model, plans = read_config(teacher), []
     for step in (*(config.step(index) for index in range(len(config.steps))), config):
-        if step.prune.target_decode is not None or step.prune.target_prefill is not None:
+        if step.prune.is_timed:
             break
         family = load_family(model, str(teacher / "config.json"))
         family = family.keeping_heads(model) if step.prune.keep_mtp else family

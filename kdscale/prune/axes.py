@@ -12,7 +12,7 @@ from kdscale.families.dims import SHAPE_AXES
 BudgetKind = Literal["params", "bytes", "kv_bytes", "decode", "prefill"]
 
 # The number of experts changes no latency that the latency model knows: a token is routed to as many as before.
-_LATENCY_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "ssm_heads", "ssm_head_dim", "ssm_state")
+_LATENCY_AXES = tuple(axis for axis in SHAPE_AXES if axis != "experts")
 
 # The axes that change the cost, for budgets that do not depend on all of them: the search leaves the other axes alone.
 _AXES_OF_BUDGET: dict[BudgetKind, tuple[str, ...]] = {

@@ -13,8 +13,6 @@ from kdscale.families import Family
 # Criteria that compare distributions of the next token, which an encoder does not tell.
 _OF_NEXT_TOKENS = ("one_by_one", "loss")
 
-_TIMED = ("target_decode", "target_prefill")
-
 
 def settled(cfg: PruneConfig, family: Family, config: Mapping[str, Any]) -> PruneConfig:
     """The settings with what `auto` stands for in a model of this family; those of most decoders as they are.
@@ -66,7 +64,7 @@ def _settled_decoder(cfg: PruneConfig, family: Family, config: Mapping[str, Any]
 
 
 def _check_can_be_timed(cfg: PruneConfig, family: Family, config: Mapping[str, Any]) -> None:
-    if cfg.target is None or cfg.target[0] not in _TIMED:
+    if cfg.target is None or not cfg.is_timed:
         return
     from kdscale.models.hidden_states import BesideStream  # imports torch, which timing needs and counting does not
 

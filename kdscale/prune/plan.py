@@ -22,7 +22,7 @@ from kdscale.config.fields import shown
 from kdscale.config.prune import Compensation, PlannedRepair
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
-from kdscale.families.dims import NEVER_CUT, SHAPE_AXES
+from kdscale.families.dims import LAYERS_FIRST, NEVER_CUT, SHAPE_AXES
 from kdscale.files import read_text, write_text
 from kdscale.prune.candidates import PlanSection, ShapeCandidate, Size
 
@@ -180,11 +180,7 @@ class Plan(PlanSection):
 
     def cut_axes(self) -> list[str]:
         """Axes on which the student is smaller than the teacher."""
-        return [
-            axis
-            for axis in ("layers", *(axis for axis in SHAPE_AXES if axis != "layers"))
-            if getattr(self.student, axis) < getattr(self.teacher, axis)
-        ]
+        return [axis for axis in LAYERS_FIRST if getattr(self.student, axis) < getattr(self.teacher, axis)]
 
     def to_json(self) -> str:
         """The text of plan.json: one line per list of indices, final newline."""

@@ -20,12 +20,13 @@ from typing import Any, Literal
 import numpy as np
 
 from kdscale.families import Dims
+from kdscale.families.dims import SHAPE_AXES
 from kdscale.files import read_own_json, write_json
 from kdscale.prune.search.budget import Floats, Shapes
 
 LatencyKind = Literal["decode", "prefill"]
 LATENCY_KINDS: tuple[LatencyKind, LatencyKind] = ("decode", "prefill")
-_LAYER_AXES = ("hidden", "ffn", "heads", "kv_heads", "ssm_heads", "ssm_head_dim", "ssm_state")
+_LAYER_AXES = tuple(axis for axis in SHAPE_AXES if axis not in ("layers", "experts"))
 _DESIGN_SHAPES = 8
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kdscale.errors import FileError, KdscaleError, RunFolderError
+from kdscale.families.dims import LAYERS_FIRST
 from kdscale.files import read_json
 from kdscale.report.bias_facts import bias
 from kdscale.report.compare.settings import differing_fields, measured_with
@@ -24,7 +25,6 @@ from kdscale.runs.metrics_log import read_metrics
 from kdscale.runs.models import CORRECTED, PRUNED, START, TEACHER, model_title
 
 SCHEMA_VERSION = 1
-_AXES = ("layers", "hidden", "ffn", "heads", "kv_heads", "experts", "ssm_heads", "ssm_head_dim", "ssm_state")
 _ACCURACY = Figure("Accuracy", "tasks", "accuracy", "Accuracy over tasks", "percent", "higher")
 # The columns of a comparison: what of FIGURES tells runs apart at a glance, with short titles.
 _SHOWN = {
@@ -99,7 +99,7 @@ def _read(folder: Path) -> dict[str, Any]:
         "damage": damage,
         "lacks": lacks,
         "teacher": str(teacher.get("path") or "") if isinstance(teacher := config.get("teacher"), dict) else "",
-        "shape": {axis: plan["student"][axis] for axis in _AXES if plan["student"].get(axis)} if plan else None,
+        "shape": {axis: plan["student"][axis] for axis in LAYERS_FIRST if plan["student"].get(axis)} if plan else None,
         "parameters": plan["student_params"]["total"] if plan else None,
         "trained_tokens": (trained or {}).get("tokens"),
         "steps": (trained or {}).get("step"),
@@ -136,7 +136,7 @@ def _is_plan(value: Any) -> bool:
         isinstance(value.get(key), dict) for key in ("student", "student_params")
     ):
         return False
-    sizes = [value["student"].get(axis, 0) for axis in _AXES] + [value["student_params"].get("total")]
+    sizes = [value["student"].get(axis, 0) for axis in LAYERS_FIRST] + [value["student_params"].get("total")]
     return all(type(size) is int for size in sizes)
 
 
